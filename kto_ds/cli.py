@@ -1,0 +1,122 @@
+"""Sub-commands and overrides: `kto-ds <command> --config RUN.yaml [--section.key value ...]`."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from kto_ds.config import RunConfig, explain, nearest_key, read_yaml, write_yaml
+from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
+
+COMMANDS = {
+    "prepare": "rows -> tokens, KL groups -> dataset artefact",
+    "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
+    "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
+    "evaluate": "score the evaluation rows with an exported model",
+    "export": "newest checkpoint -> Hugging Face folder",
+    "demo": "the whole pipeline on a small task that a program can check",
+}
+
+
+class _Settings(RunConfig, BaseSettings):
+    """RunConfig from the YAML file below and command-line options above; the environment is not read."""
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
+        return (init_settings,)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        hint = ""
+        if message.startswith("unrecognized arguments: --"):
+            key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
+            hint = nearest_key(key)
+        raise UserError(message, where="command line", remedy=hint or "see kto-ds <command> --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; see errors.py for what the codes mean."""
+    try:
+        command, options = _split(sys.argv[1:] if argv is None else argv)
+        _run(command, options)
+        return EXIT_OK
+    except KtoError as error:
+        _say(f"kto-ds: error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_UNEXPECTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_UNEXPECTED
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    # The deepspeed launcher puts --local_rank=N before the command; the environment says the same.
+    argv = [argument for argument in argv if not argument.startswith("--local_rank=") and not argument.startswith("--local-rank=")]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: kto-ds <command> --config RUN.yaml [--section.key value ...]\n\ncommands:")
+        print("\n".join(f"  {name:<15} {text}" for name, text in COMMANDS.items()))
+        print("\nkto-ds <command> --help lists every option.")
+        raise SystemExit(EXIT_OK)
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}", where="command line", remedy=f"use one of {', '.join(COMMANDS)}")
+    return argv[0], argv[1:]
+
+
+def _run(command: str, options: list[str]) -> None:
+    if command == "demo":
+        parser = _Parser(prog="kto-ds demo", description=COMMANDS["demo"])
+        parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run")
+        parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
+        arguments = parser.parse_args(options)
+        _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
+        return
+    config, print_only = read_config(command, options)
+    if print_only:
+        write_yaml(config, sys.stdout)
+        return
+    _stage(command)(config)
+
+
+def _stage(command: str) -> Callable:
+    """Import a stage only when it runs: torch and DeepSpeed take seconds, and must not delay a message about a config key."""
+    if "DS_ACCELERATOR" not in os.environ:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"
+    module = importlib.import_module(f"kto_ds.stages.{command.replace('-', '_')}")
+    return module.main
+
+
+def read_config(command: str, options: list[str]) -> tuple[RunConfig, bool]:
+    """Return (resolved config, whether only to print it) from `--config RUN.yaml --section.key value ...`."""
+    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, metavar="RUN.yaml", help="the run; options below override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
+    parsed = parser.parse_args(options)
+    values = read_yaml(parsed.config)
+    try:
+        settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
+        config = RunConfig.model_validate(settings.model_dump())
+    except ValidationError as error:
+        raise explain(error, where=str(parsed.config)) from error
+    return config, parsed.print_config
+
+
+def _say(message: str) -> None:
+    """Print an error once. All ranks meet the same mistakes; a rank other than 0 speaks only if rank 0 has not ended the job by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+"""What can go wrong in a way that the user should read about, and the exit code each one ends with."""
+
+EXIT_OK = 0
+EXIT_UNEXPECTED = 1
+EXIT_USER = 2  # config, data, artefact or environment: the user can mend it
+EXIT_NUMERICS = 3  # NaN or Inf reached a log-prob, the loss or a gradient
+
+
+class KtoError(Exception):
+    """An end of the run that is reported as one message, without a traceback."""
+
+    exit_code = EXIT_UNEXPECTED
+
+
+class UserError(KtoError):
+    """The user's input cannot be used.
+
+    `what` says what is wrong and what was found, `where` is a config key or file:line, `remedy` says what to do about it.
+    """
+
+    exit_code = EXIT_USER
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = ""):
+        self.what, self.where, self.remedy = what, where, remedy
+        head = f"{where}: {what}" if where else what
+        super().__init__(head + (f"\n  remedy: {remedy}" if remedy else ""))
+
+
+class NumericsError(KtoError):
+    """A value that must be finite is not. Raised on all ranks, before the weights are touched."""
+
+    exit_code = EXIT_NUMERICS
+
+
+def excerpt(value: object, limit: int = 120) -> str:
+    """Return `value` as one escaped, bounded line: data must not be able to write control codes to a terminal."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
