@@ -1,0 +1,151 @@
+"""One micro-batch as tensors, in one of three layouts.
+
+Legend: T input tokens, R rows, L padded row length, S sequences (pairs), C completion tokens of all sequences, G attention segments,
+TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T].
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.packing import Layout, MicroBatch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Who attends to whom: query segment g sees key/value segment g causally, aligned at their ends."""
+
+    query_offsets: Tensor  # [G + 1] int32
+    key_offsets: Tensor  # [G + 1] int32
+    key_index: Tensor | None  # [TK] int64, input position of every key; None where keys are the queries' own positions
+    query_lengths: tuple[int, ...]  # on the host, for kernels that loop or need maxima
+    key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # [R, L] int64
+    position_ids: Tensor  # [R, L] int64
+    attention_mask: Tensor | None  # [R, L] int64, padded layout only
+    segments: Segments | None  # packed layouts only
+    predictors: Tensor  # [C] int64, flat input position whose hidden state predicts a completion token
+    targets: Tensor  # [C] int64
+    sequence_of: Tensor  # [C] int64, 0..S-1
+    pair_ids: np.ndarray  # [S], on the host; empty in a filler, whose forward scores one sequence and keeps none
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        return _move(self, device)
+
+
+def _move(record, device: torch.device):
+    moved = {}
+    for field in fields(record):
+        value = vars(record)[field.name]
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Segments):
+            moved[field.name] = _move(value, device)
+    return replace(record, **moved)
+
+
+def make_batch(micro_batch: MicroBatch, split: TokenizedSplit, layout: Layout) -> Batch:
+    """Lay a micro-batch out; an empty one becomes a filler that runs the model on two tokens and returns no log-prob."""
+    if not micro_batch:
+        token = split.prompt_tokens[:1]
+        filler = _LAYOUTS[layout]([(token, [token])])
+        return replace(filler, pair_ids=np.empty(0, dtype=np.int64))
+    rows = [(split.prompt(unit.prompt), [split.completion(pair) for pair in unit.pairs]) for unit in micro_batch]
+    pair_ids = np.array([pair for unit in micro_batch for pair in unit.pairs])
+    return replace(_LAYOUTS[layout](rows), pair_ids=pair_ids)
+
+
+# A row is a prompt and the completions behind it.
+Row = tuple[np.ndarray, list[np.ndarray]]
+
+
+def _packed(rows: list[Row]) -> Batch:
+    """One after the other, no padding; a unit's prompt stands once, before all of its completions."""
+    tokens, positions, predictors, sequence_of, lengths = [], [], [], [], []
+    query_lengths, key_index, key_lengths = [], [], []
+    start = 0  # input position of the current unit
+    for prompt, completions in rows:
+        size = len(prompt)
+        tokens += [prompt, *completions]
+        positions.append(np.arange(size))
+        prompt_positions = np.arange(start, start + size)
+        if len(completions) > 1:
+            query_lengths.append(size)
+            key_lengths.append(size)
+            key_index.append(prompt_positions)
+        at = start + size
+        for completion in completions:
+            own = np.arange(at, at + len(completion))
+            positions.append(np.arange(size, size + len(completion)))
+            predictors += [prompt_positions[-1:], own[:-1]]
+            sequence_of.append(np.full(len(completion), len(lengths)))
+            lengths.append(len(completion))
+            # With a single completion, prompt and completion are one segment, and no key is needed twice.
+            query_lengths.append(len(own) if len(completions) > 1 else size + len(own))
+            key_lengths.append(size + len(own))
+            key_index += [prompt_positions, own]
+            at += len(completion)
+        start = at
+    shared = sum(key_lengths) > start
+    return Batch(
+        input_ids=_tensor(tokens)[None],
+        position_ids=_tensor(positions)[None],
+        attention_mask=None,
+        segments=Segments(
+            query_offsets=_offsets(query_lengths),
+            key_offsets=_offsets(key_lengths),
+            key_index=_tensor(key_index) if shared else None,
+            query_lengths=tuple(query_lengths),
+            key_lengths=tuple(key_lengths),
+        ),
+        predictors=_tensor(predictors),
+        targets=_tensor([completion for _, completions in rows for completion in completions]),
+        sequence_of=_tensor(sequence_of),
+        pair_ids=np.arange(len(lengths)),
+    )
+
+
+def _padded(rows: list[Row]) -> Batch:
+    """One sequence a row, padded at its end; what follows a token cannot change it, so any causal model is served."""
+    sequences = [(prompt, completion) for prompt, completions in rows for completion in completions]
+    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    predictors = []
+    for row, (prompt, completion) in enumerate(sequences):
+        size = len(prompt) + len(completion)
+        input_ids[row, :size] = _tensor([prompt, completion])
+        attention_mask[row, :size] = 1
+        predictors.append(np.arange(len(prompt) - 1, size - 1) + row * longest)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=torch.arange(longest).expand(len(sequences), longest),
+        attention_mask=attention_mask,
+        segments=None,
+        predictors=_tensor(predictors),
+        targets=_tensor([completion for _, completion in sequences]),
+        sequence_of=_tensor([np.full(len(completion), row) for row, (_, completion) in enumerate(sequences)]),
+        pair_ids=np.arange(len(sequences)),
+    )
+
+
+def _tensor(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+_LAYOUTS = {"prefix_shared": _packed, "packed": _packed, "padded": _padded}
