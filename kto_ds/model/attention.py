@@ -1,0 +1,127 @@
+"""Attention over packed sequences, as one function that transformers calls in every layer.
+
+Legend: H query heads, Hkv key/value heads, T input tokens, TK key tokens, D head size, G segments.
+Query segment g sees key segment g, causally and aligned at their ends: plain variable-length attention with different query and key
+lengths. Shared prompts work because the key segment of a completion is its prompt and itself, gathered by index.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from kto_ds.data.batch import Segments
+from kto_ds.errors import UserError
+
+# No "flash" in it: transformers takes such names for its own kernels. No mask is registered for it, so models pass None.
+NAME = "kto_varlen"
+
+
+def packed_attention(kernel: Callable[..., Tensor], module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options):
+    """Attention of one layer on a packed row: query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None).
+
+    `options` are what the model hands down: `segments` (from Policy.forward), `scaling`, `sliding_window`, and things that this
+    function does not serve; those are refused rather than ignored.
+    """
+    segments: Segments | None = options.get("segments")
+    if segments is None:
+        raise UserError(f"{type(module).__name__} does not hand keyword arguments down to its attention", where="model.layout", remedy="set model.layout: padded")
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise UserError(f"{type(module).__name__} needs attention with {name}, which the packed layouts do not have", where="model.layout", remedy="set model.layout: padded")
+    assert attention_mask is None, "a packed row has no attention mask"
+    assert query.shape[0] == 1, f"a packed batch has one row, found {tuple(query.shape)}"
+    if segments.key_index is not None:
+        key, value = key.index_select(2, segments.key_index), value.index_select(2, segments.key_index)
+    scale = options.get("scaling")
+    window = options.get("sliding_window")
+    return kernel(query[0], key[0], value[0], segments, scale=scale, window=window).unsqueeze(0), None
+
+
+def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float | None, window: int | None) -> Tensor:
+    """One scaled_dot_product_attention call per segment, on any device: query [H, T, D], key and value [Hkv, TK, D] -> [T, H, D]."""
+    queries = query.split(segments.query_lengths, dim=1)
+    keys, values = key.split(segments.key_lengths, dim=1), value.split(segments.key_lengths, dim=1)
+    grouped = query.shape[0] != key.shape[0]
+    outputs = []
+    for q, k, v in zip(queries, keys, values):
+        square = q.shape[1] == k.shape[1] and not (window and window < k.shape[1])
+        mask = None if square else _causal_mask(q.shape[1], k.shape[1], window, q.device)
+        outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)[0])
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [num_queries, num_keys], true where a query may look; the last query stands on the last key."""
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key_at = torch.arange(num_keys, device=device)[None]
+    mask = key_at <= query_at
+    return mask & (key_at > query_at - window) if window else mask
+
+
+def flash_attention_2_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float | None, window: int | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1),
+        cu_seqlens_q=segments.query_offsets, cu_seqlens_k=segments.key_offsets,
+        max_seqlen_q=max(segments.query_lengths), max_seqlen_k=max(segments.key_lengths),
+        softmax_scale=scale, causal=True, window_size=_flash_window(window),
+    )  # fmt: skip
+
+
+def torch_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float | None, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters
+    options = {"scale": scale} if "scale" in accepted else {}
+    if "window_size" in accepted:  # torch 2.11 and later
+        options["window_size"] = _flash_window(window)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise UserError("varlen_attn of this torch has no sliding window", where="model.attention", remedy="use torch 2.11 or later, or model.attention: sdpa")
+    if "enable_gqa" in accepted:  # torch 2.12 and later
+        options["enable_gqa"] = query.shape[0] != key.shape[0]
+    if scale is not None and "scale" not in accepted:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    return varlen_attn(
+        query.transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous(),
+        segments.query_offsets, segments.key_offsets, max(segments.query_lengths), max(segments.key_lengths), **options,
+    )  # fmt: skip
+
+
+def _flash_window(window: int | None) -> tuple[int, int]:
+    # Flash kernels count the keys to the left of the query; transformers counts the query in.
+    return (window - 1 if window else -1, 0)
+
+
+KERNELS = {"flash_attention_2": flash_attention_2_kernel, "torch_varlen": torch_varlen_kernel, "sdpa": sdpa_kernel}
+
+
+def register_attention(backend: str) -> str:
+    """Tell transformers about packed attention with this kernel and return the name to load a model with."""
+    AttentionInterface.register(NAME, partial(packed_attention, KERNELS[backend]))
+    return NAME
+
+
+def choose_backend(requested: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the kernel for `model.attention`, the best one available for `auto`; UserError where the requested one cannot run."""
+    available = {"sdpa": True, "torch_varlen": _fits_flash(device, dtype), "flash_attention_2": _fits_flash(device, dtype) and find_spec("flash_attn") is not None}
+    if available["torch_varlen"] and find_spec("torch.nn.attention.varlen") is None:
+        available["torch_varlen"] = False
+    if requested == "auto":
+        return next(name for name in ("flash_attention_2", "torch_varlen", "sdpa") if available[name])
+    if not available[requested]:
+        usable = ", ".join(name for name, usable in available.items() if usable)
+        raise UserError(f"{requested} cannot run here on {device.type} in {dtype}; usable: {usable}", where="model.attention", remedy="set model.attention: auto")
+    return requested
+
+
+def _fits_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,35 @@
+"""The one forward path: train, evaluate and precompute-ref all score pairs with this module.
+
+Legend: R rows, L row length, T = R * L, C completion tokens, S sequences (pairs), D hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kto_ds.data.batch import Batch
+from kto_ds.model.logprobs import LogprobHead
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward returns sequence log-probs.
+
+    Backbone and head run inside one forward, so that whoever wraps this module (DeepSpeed) sees every parameter being used.
+    """
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        self.lm = lm
+        lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the log-prob of each pair's completion after its prompt, summed over its tokens: [S] float32."""
+        inputs = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments}
+        # With use_cache, transformers would take packed positions for one sequence.
+        outputs = self.lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predictors]  # [C, D]
+        token_logps = self.lm.get_output_embeddings()(hidden, batch.targets)  # [C]
+        # A filler scores one sequence and keeps none: the result is empty, yet part of the graph, so backward runs on every rank.
+        num_sequences = max(batch.num_pairs, 1)
+        sums = torch.zeros(num_sequences, dtype=torch.float32, device=token_logps.device).index_add(0, batch.sequence_of, token_logps)
+        return sums[: batch.num_pairs]
