@@ -1,0 +1,84 @@
+"""The ranks of a run and what they tell each other. The only file that uses torch.distributed."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+Result = TypeVar("Result")
+
+# Loading and digesting a large model on rank 0 keeps the others waiting in a broadcast.
+TIMEOUT = timedelta(hours=2)
+
+
+class World(NamedTuple):
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the process group that the launcher describes in the environment; without a launcher, be the only rank."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_across_ranks(values: Tensor) -> Tensor:
+    """Add `values` over the ranks in place and return it."""
+    dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """Return every rank's value, in rank order, on all ranks."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main_rank(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and return its result on all ranks; an error there is raised on all of them."""
+    outcome: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(action(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,106 @@
+"""The DeepSpeed JSON: who owns which key, and how a file of ds_configs/ becomes complete."""
+
+import difflib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+import kto_ds
+from kto_ds.config import OptimConfig
+from kto_ds.errors import UserError, excerpt
+
+# What DeepSpeed alone decides. DeepSpeed ignores other top-level keys in silence, so a misspelt one must be refused here.
+ALLOWED_KEYS = frozenset(
+    "zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
+    "gradient_predivide_factor disable_allgather disable_python_gc wall_clock_breakdown memory_breakdown dump_state log_level "
+    "flops_profiler comms_logger aio compile".split()
+)
+# What the run config decides: DeepSpeed key -> our key.
+OWNED_KEYS = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.max_tokens_per_microbatch",
+    "gradient_accumulation_steps": "batch.max_tokens_per_microbatch",
+    "gradient_clipping": "optim.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "model.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.lr_scheduler_type",
+    "steps_per_print": "report.logging_steps",
+}
+
+
+def find_deepspeed_config(name: str) -> Path:
+    """Return the file for `deepspeed.config`: a path, or the name of a file of ds_configs/ without its ending."""
+    package = Path(kto_ds.__file__).parent
+    # Inside the package when installed, beside it in a checkout.
+    folders = [package / "ds_configs", package.parent / "ds_configs"]
+    for candidate in [Path(name), *(folder / f"{name}.json" for folder in folders)]:
+        if candidate.is_file():
+            return candidate
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise UserError(f"no such file, and no such name in ds_configs/: {name}", where="deepspeed.config", remedy=f"give a JSON file or one of {', '.join(known)}")
+
+
+def read_deepspeed_config(name: str) -> dict:
+    """Return the checked content of a DeepSpeed JSON; errors name the key."""
+    path = find_deepspeed_config(name)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a readable JSON file: {error}", where=str(path)) from error
+    for key, value in raw.items():
+        if key in OWNED_KEYS:
+            if value != "auto":
+                raise UserError(f"{key} = {excerpt(value)} is decided by {OWNED_KEYS[key]}", where=str(path), remedy=f"remove {key} from the DeepSpeed file")
+        elif key not in ALLOWED_KEYS:
+            close = difflib.get_close_matches(key, [*ALLOWED_KEYS, *OWNED_KEYS], n=1)
+            raise UserError(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""), where=str(path))
+    _check_zero_section(raw.get("zero_optimization", {}), path)
+    return {key: value for key, value in raw.items() if key not in OWNED_KEYS}
+
+
+def _check_zero_section(section: dict, path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except (ValidationError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"{key}: {first['msg']}", where=str(path)) from error
+
+
+def zero_stage(deepspeed_config: dict) -> int:
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def complete_deepspeed_config(raw: dict, *, optim: OptimConfig, dtype: str, on_cuda: bool) -> dict:
+    """Return the config for deepspeed.initialize: the file, and everything the run config owns."""
+    offloads = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    params = {
+        "lr": optim.learning_rate,
+        "betas": [optim.adam_beta1, optim.adam_beta2],
+        "eps": optim.adam_epsilon,
+        "weight_decay": optim.weight_decay,
+    }
+    if offloads and on_cuda:
+        optimizer = {"type": "AdamW", "params": params}  # DeepSpeedCPUAdam, compiled on first use
+    else:
+        optimizer = {"type": "AdamW", "params": {**params, "torch_adam": True, "fused": on_cuda}}
+    completed = {
+        "steps_per_print": None,
+        **raw,
+        # Micro-batches hold unequal numbers of examples, so the loop sets every boundary and scale itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips at 1.0 when the key is absent.
+        "gradient_clipping": optim.max_grad_norm,
+        "optimizer": optimizer,
+    }
+    if dtype == "bfloat16":
+        completed["bf16"] = {"enabled": True}
+        completed["data_types"] = {"grad_accum_dtype": "fp32"}
+    return completed

@@ -1,0 +1,72 @@
+"""The trainable policy on all ranks. The only caller of deepspeed.initialize."""
+
+from collections.abc import Callable
+from functools import partial
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from kto_ds.config import OptimConfig
+from kto_ds.data.batch import Batch
+from kto_ds.errors import NumericsError
+from kto_ds.model.policy import Policy
+from kto_ds.runtime.deepspeed_config import zero_stage
+
+
+class Engine:
+    """What the training loop needs of DeepSpeed: score a batch, accumulate a gradient, take a step."""
+
+    def __init__(self, policy: Policy, deepspeed_config: dict, optim: OptimConfig, num_steps: int):
+        self.stage = zero_stage(deepspeed_config)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=policy,
+            model_parameters=[parameter for parameter in policy.parameters() if parameter.requires_grad],
+            config=deepspeed_config,
+            lr_scheduler=_scheduler(optim, num_steps),
+        )
+        self.device = self.deepspeed.device
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+        return self.deepspeed(batch)
+
+    def warm_up(self, filler: Batch) -> None:
+        """Run one forward and backward whose gradient is zero.
+
+        ZeRO-3 records the order of parameters in the first forward; a no-grad pass there would leave a trace without the backward,
+        which every later step would invalidate, and lose prefetching for good.
+        """
+        self.backward(self(filler).sum(), is_last=False)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of this rank's `loss`, averaged over the ranks; `is_last` marks the step's last micro-batch."""
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss)
+        if not is_last:
+            self.deepspeed.step()
+
+    def step(self) -> float:
+        """Update the weights and the learning rate; return the gradient norm before clipping. NumericsError if it is not finite."""
+        norm = self._plain_grad_norm() if self.stage == 0 else None
+        if norm is not None and not torch.isfinite(norm):
+            raise NumericsError(f"the gradient norm is {float(norm)}")
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
+        if not self.deepspeed.was_step_applied():
+            raise NumericsError(f"the gradient is not finite (norm {float(norm)}); the update was not applied")
+        return float(norm)
+
+    def _plain_grad_norm(self) -> Tensor:
+        # Stage 0 reports no norm unless it clips, and in float32 would apply a NaN.
+        grads = [parameter.grad for parameter in self.deepspeed.module.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.deepspeed.get_lr()[0]
+
+
+def _scheduler(optim: OptimConfig, num_steps: int) -> Callable:
+    return partial(get_scheduler, optim.lr_scheduler_type, num_warmup_steps=round(optim.warmup_ratio * num_steps), num_training_steps=num_steps)
