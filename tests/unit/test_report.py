@@ -1,0 +1,227 @@
+import io
+import json
+import os
+import pty
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kto_ds.config import WandbConfig
+from kto_ds.report.console import Console, duration
+from kto_ds.report.plots import plot_metrics
+from kto_ds.report.sinks import MetricsFile, Sinks, WandbRun, open_sinks, read_records
+from kto_ds.report.throughput import StepTimer, peak_memory_gib
+
+
+def train_record(step: int, **more: float) -> dict:
+    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, **more}
+
+
+def eval_record(step: int) -> dict:
+    return {"split": "eval", "step": step, "loss": 0.5, "kl": 0.1, "rewards/auc": 0.75}
+
+
+def terminal_output(records: list[dict], total_steps: int) -> str:
+    """Return what a Console writes to a real pseudo-terminal."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    with os.fdopen(follower, "w") as stream:
+        console = Console(total_steps, stream=stream)
+        for record in records:
+            console.log(record)
+        console.close()
+    written = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            written += chunk
+    except OSError:  # how Linux ends a pseudo-terminal whose other side is closed
+        pass
+    os.close(leader)
+    return written.decode()
+
+
+# metrics.jsonl
+
+
+def test_records_are_on_disk_as_soon_as_they_are_logged(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.log(train_record(1))
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(train_record(1)) + "\n"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_refused_and_leaves_no_trace(tmp_path, value):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(AssertionError, match="grad_norm is .* at step 7"):
+        metrics.log(train_record(7, grad_norm=value))
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("torn", ["", '{"split": "train", "step": 3, "lo', '{"split": "train", "step": 2}', "\0\0\0\n"])
+def test_resume_drops_later_steps_and_a_torn_line(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    written = [train_record(1, loss=0.1 + 0.2), train_record(2), eval_record(2), train_record(3)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in written) + torn)
+    metrics = MetricsFile(path)
+    metrics.drop_after(2)
+    metrics.log(train_record(3, loss=0.25))
+    assert read_records(path) == [*written[:3], train_record(3, loss=0.25)]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_fresh_start_empties_the_record_and_a_resumed_one_keeps_it(tmp_path, capsys):
+    disabled = WandbConfig()
+    for done_steps, expected in ((0, [1, 2]), (1, [1, 2]), (0, [1, 2])):
+        sinks = open_sinks(output_dir=tmp_path, total_steps=2, done_steps=done_steps, wandb=disabled, run_config={})
+        for step in range(done_steps + 1, 3):
+            sinks.log(train_record(step))
+        sinks.close()
+        assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == expected
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert capsys.readouterr().out.count("step 2/2") == 3
+
+
+def test_other_ranks_have_no_sinks():
+    sinks = Sinks([])
+    sinks.log(train_record(1))
+    sinks.close()
+
+
+# console
+
+
+def test_without_a_terminal_a_record_is_one_plain_line():
+    stream = io.StringIO()
+    console = Console(300, stream=stream)
+    console.log(train_record(12, learning_rate=2e-4, grad_norm=1.2345, tokens_per_second=5812.4))
+    console.log(eval_record(12))
+    console.close()
+    train, evaluation = stream.getvalue().splitlines()
+    assert train.startswith("step 12/300  epoch 0.24  loss 0.4831  kl 0.12  margin 0.31  lr 2.0e-04  grad 1.23  tok/s 5,812  eta ")
+    assert evaluation == "eval  step 12/300  loss 0.5000  kl 0.1  auc 0.750"
+
+
+def test_a_terminal_gets_a_bar_and_evaluation_lines_of_their_own():
+    shown = terminal_output([train_record(1), eval_record(1), train_record(2)], total_steps=2)
+    assert "eval  step 1/2  loss 0.5000" in shown
+    assert "2/2" in shown and "loss 0.4831  margin 0.31  kl 0.12" in shown
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0s"), (45.9, "45s"), (60, "1m00s"), (192, "3m12s"), (3840, "1h04m"), (86399, "23h59m"), (183600, "2d03h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+# throughput
+
+
+def test_timer_counts_tokens_and_leaves_pauses_out():
+    now = [100.0]
+    timer = StepTimer(clock=lambda: now[0])
+    timer.add_tokens(300)
+    now[0] += 2
+    with timer.paused():
+        now[0] += 50
+    timer.add_tokens(500)
+    now[0] += 2
+    lap = timer.lap()
+    assert (lap.seconds, lap.tokens, lap.tokens_per_second) == (4, 800, 200)
+    now[0] += 1
+    assert timer.lap() == (1, 0)
+
+
+def test_peak_memory_sees_a_quarter_gib():
+    before = peak_memory_gib(torch.device("cpu"))
+    held = torch.ones(2**26)  # 0.25 GiB of float32
+    after = peak_memory_gib(torch.device("cpu"))
+    assert held.sum() > 0
+    assert 0.05 < before < 64 and before <= after < before + 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_of_a_gpu():
+    torch.ones(2**28, device="cuda")
+    assert 1 <= peak_memory_gib(torch.device("cuda")) < 200
+
+
+# plots
+
+
+@pytest.mark.parametrize("num_records", [0, 1, 40])
+def test_plot_of_whatever_was_logged(tmp_path, num_records):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, num_records + 1):
+        metrics.log(train_record(step, kl_stderr=0.1, grad_norm=1.0, learning_rate=1e-6) if step > 1 else {"split": "train", "step": step, "loss": 0.5})
+    metrics.close()
+    plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+# wandb
+
+
+def wandb_run(folder: Path, mode: str, resume: bool = False) -> tuple[WandbRun, list[str]]:
+    told: list[str] = []
+    return WandbRun(WandbConfig(mode=mode), output_dir=folder, run_config={"seed": 1, "loss": {"beta": 0.1}}, resume=resume, tell=told.append), told
+
+
+@pytest.fixture
+def no_credentials(monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    yield monkeypatch
+    import wandb
+
+    wandb.teardown()  # credentials and settings are remembered for the process
+
+
+def test_offline_run_leaves_a_folder_and_a_resumed_one_has_the_same_id(tmp_path, no_credentials):
+    for resume in (False, True, False):
+        run, told = wandb_run(tmp_path, "offline", resume)
+        run.log(train_record(1))
+        run.log(eval_record(1))
+        run.close()
+        assert len(told) == 1 and "wandb sync" in told[0]
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
+    ids = [folder.name.rsplit("-", 1)[1] for folder in folders]
+    assert len(set(ids)) == 2 and all(list(folder.glob("*.wandb")) for folder in folders)
+    assert (tmp_path / "wandb" / "run_id").read_text() in ids
+
+
+def test_online_without_a_key_goes_offline_and_asks_nothing(tmp_path, no_credentials):
+    run, told = wandb_run(tmp_path, "online")
+    run.log(train_record(1))
+    run.close()
+    assert "no API key" in told[0] and "wandb sync" in told[1] and len(told) == 2
+
+
+@pytest.mark.slow
+def test_online_without_a_server_goes_offline_in_half_a_minute(tmp_path, no_credentials):
+    no_credentials.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    no_credentials.setenv("WANDB_API_KEY", "0" * 40)
+    began = time.monotonic()
+    run, told = wandb_run(tmp_path, "online")
+    assert time.monotonic() - began < 45
+    run.log(train_record(1))
+    run.close()
+    assert told[0].startswith("warning: wandb goes offline") and "wandb sync" in told[1] and len(told) == 2
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_wandb_that_fails_while_logging_is_switched_off_with_one_warning(tmp_path, no_credentials):
+    run, told = wandb_run(tmp_path, "offline")
+    import wandb
+
+    wandb.run.finish()  # logging to a finished run raises
+    run.log(train_record(1))
+    run.log(train_record(2))
+    run.close()
+    assert len(told) == 2 and told[1].startswith("warning: wandb is off from here on")
