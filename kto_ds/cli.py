@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "export": "newest checkpoint -> Hugging Face folder",
     "demo": "the whole pipeline on a small task that a program can check",
 }
+SINGLE_PROCESS = ("prepare", "export", "demo")
 
 
 class _Settings(RunConfig, BaseSettings):
@@ -43,9 +45,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; see errors.py for what the codes mean."""
+    """Run one command, leave the process group and return the exit code; see errors.py for what the codes mean."""
+    exit_code = run(sys.argv[1:] if argv is None else argv)
+    collectives = sys.modules.get("kto_ds.runtime.collectives")
+    # After an error the other ranks may sit in a collective, where leaving in an orderly way would wait for them.
+    if collectives and exit_code == EXIT_OK:
+        collectives.stop()
+    return exit_code
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. A process may run several; all ranks then run the same ones."""
     try:
-        command, options = _split(sys.argv[1:] if argv is None else argv)
+        command, options = _split(argv)
         _run(command, options)
         return EXIT_OK
     except KtoError as error:
@@ -83,11 +95,14 @@ def _run(command: str, options: list[str]) -> None:
     if print_only:
         write_yaml(config, sys.stdout)
         return
+    if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
     _stage(command)(config)
 
 
 def _stage(command: str) -> Callable:
     """Import a stage only when it runs: torch and DeepSpeed take seconds, and must not delay a message about a config key."""
+    _quiet_libraries()
     if "DS_ACCELERATOR" not in os.environ:
         import torch
 
@@ -95,6 +110,15 @@ def _stage(command: str) -> Callable:
             os.environ["DS_ACCELERATOR"] = "cpu"
     module = importlib.import_module(f"kto_ds.stages.{command.replace('-', '_')}")
     return module.main
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' deprecation notices and per-rank progress bars off the console."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def read_config(command: str, options: list[str]) -> tuple[RunConfig, bool]:

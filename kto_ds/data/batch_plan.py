@@ -65,7 +65,8 @@ def plan_batches(
         steps_of_epoch.append(len(epoch_sizes))
         sizes.extend(epoch_sizes)
 
-    unfinished = int(np.floor((np.ceil(num_train_epochs) - num_train_epochs) * steps_of_epoch[-1]))
+    # 1 - 0.8 is a little less than 0.2, and 0.8 epochs of 5 steps are 4 steps nonetheless.
+    unfinished = int(np.floor((np.ceil(num_train_epochs) - num_train_epochs) * steps_of_epoch[-1] + 1e-6))
     num_steps = min(len(sizes) - unfinished, max_steps or len(sizes))
     step_offsets = np.concatenate([[0], np.cumsum(sizes[:num_steps])])
     return BatchPlan(examples=np.concatenate(examples)[: step_offsets[-1]], step_offsets=step_offsets, steps_of_epoch=tuple(steps_of_epoch))

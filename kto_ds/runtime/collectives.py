@@ -37,6 +37,8 @@ def start() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, for a minute or more, that only its inference engine calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
 

@@ -1,0 +1,42 @@
+"""Score the evaluation rows with an exported model, or any other, on one or more ranks."""
+
+import json
+from kto_ds.artifacts import write_atomically
+from kto_ds.config import ModelConfig, RunConfig
+from kto_ds.data.packing import require_fit
+from kto_ds.errors import UserError
+from kto_ds.model.load import read_model_config
+from kto_ds.model.scoring import choose_serving, load_scorer
+from kto_ds.runtime.collectives import barrier, start
+from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.objective import Sharding, evaluate_split
+
+EXPORT_FIRST = "run kto-ds export --config RUN.yaml, or set eval.path"
+
+
+def main(config: RunConfig) -> None:
+    if not config.data.eval:
+        raise UserError("no evaluation rows", where="data.eval", remedy="list sources under data.eval and run kto-ds prepare and kto-ds precompute-ref again")
+    model = _model_to_evaluate(config)
+    model_config = read_model_config(model, where="eval.path")
+    world = start()
+    splits, manifest = open_dataset(config)
+    references, _ = open_reference(config, splits, manifest)
+    require_fit(splits["eval"].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
+    serving = choose_serving(model, model_config, world.device)
+    scorer = load_scorer(model, model_config, serving, world.device)
+    sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
+    metrics = evaluate_split(scorer, splits["eval"], references["eval"], config.loss, sharding=sharding)
+    if world.is_main:
+        write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": model.path, **metrics}, indent=1))
+        print(f"evaluation of {model.path}")
+        for name, value in metrics.items():
+            print(f"  {name:<18} {value:>12,}" if isinstance(value, int) else f"  {name:<18} {value:>12.5f}")
+    barrier()
+
+
+def _model_to_evaluate(config: RunConfig) -> ModelConfig:
+    path = config.eval.path or str(config.export_dir)
+    if config.eval.path is None and not config.export_dir.is_dir():
+        raise UserError(f"there is no model at {path}", where="eval.path", remedy=EXPORT_FIRST)
+    return config.model.model_copy(update={"path": path, "revision": None})

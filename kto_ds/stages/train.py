@@ -1,0 +1,167 @@
+"""KTO under DeepSpeed: set-up in one screen, the loop in another. One step is in objective.py."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from kto_ds.artifacts import digest_of, require_match
+from kto_ds.config import RunConfig, write_yaml
+from kto_ds.data.batch import make_batch
+from kto_ds.data.batch_plan import BatchPlan, plan_batches
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.packing import require_fit
+from kto_ds.model.load import load_policy, read_model_config
+from kto_ds.model.scoring import Serving, choose_serving
+from kto_ds.report.metrics import StepResult, kto_metrics
+from kto_ds.report.plots import plot_metrics
+from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
+from kto_ds.report.status import RunStatus
+from kto_ds.report.throughput import StepTimer, peak_memory_gib
+from kto_ds.runtime.checkpoint import load_checkpoint, newest_verified, save_checkpoint, set_aside
+from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
+from kto_ds.runtime.deepspeed_config import complete_deepspeed_config, read_deepspeed_config, zero_stage
+from kto_ds.runtime.engine import Engine
+from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.objective import Sharding, check_drift, evaluate_split, train_step
+
+
+class Inputs(NamedTuple):
+    """What the run trains and evaluates on; the same on every rank."""
+
+    splits: dict[str, TokenizedSplit]
+    reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
+    plan: BatchPlan
+    record: dict  # what a resume must find unchanged
+
+
+def main(config: RunConfig) -> None:
+    model_config = read_model_config(config.model)
+    raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
+    world = start()
+    deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
+    serving = choose_serving(config.model, model_config, world.device)
+    inputs = _open_inputs(config)
+    on_main_rank(lambda: _write_config(config))
+    status = RunStatus(config.output_dir / "status.json", is_main=world.is_main)
+    with status.until_the_end():
+        engine = _build_engine(config, model_config, serving, deepspeed_config, inputs)
+        sharding = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, engine.device)
+        done = _resume_or_start(engine, config, inputs, sharding, world)
+        sinks = _open_sinks(config, inputs, serving, engine, world, done)
+        try:
+            _loop(engine, config, inputs, sharding, world, status, sinks, done)
+        finally:
+            sinks.close()
+        on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
+    barrier()
+
+
+def _loop(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World, status: RunStatus, sinks: Sinks, done: int) -> None:
+    plan, train = inputs.plan, inputs.splits["train"]
+    window: list[StepResult] = []  # steps since the last log line
+    timer = StepTimer()
+    status.running(done)
+
+    for step in range(done + 1, plan.num_steps + 1):
+        examples = plan.examples_of(step)
+        learning_rate = engine.learning_rate
+        result, grad_norm = train_step(engine, train, inputs.reference_logps["train"], examples, when=f"step {step}", loss=config.loss, sharding=sharding)
+        window.append(result)
+        timer.add_tokens(int((train.prompt_lengths[train.prompt_of[examples]] + train.matched_lengths[examples]).sum()))
+        is_last = step == plan.num_steps
+
+        # once in a while: log
+        if is_last or step % config.report.logging_steps == 0:
+            lap = timer.lap()
+            metrics = {**kto_metrics(window), "grad_norm": grad_norm, "learning_rate": learning_rate}
+            speed = {"tokens_per_second": lap.tokens_per_second, "seconds": lap.seconds / len(window), "peak_memory_gib": peak_memory_gib(world.device)}
+            sinks.log({"split": "train", "step": step, "epoch": plan.epoch_after(step), **metrics, **speed})
+            status.running(step)
+            window.clear()
+
+        # once in a while: evaluate
+        if "eval" in inputs.splits and (is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0):
+            with timer.paused():
+                metrics = evaluate_split(engine, inputs.splits["eval"], inputs.reference_logps["eval"], config.loss, sharding=sharding)
+                sinks.log({"split": "eval", "step": step, "epoch": plan.epoch_after(step), **metrics})
+
+        # once in a while: save
+        if is_last or step % config.checkpoint.save_steps == 0:
+            with timer.paused():
+                save_checkpoint(
+                    engine, _checkpoints(config), step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world
+                )
+
+
+def _open_inputs(config: RunConfig) -> Inputs:
+    """Open the artefacts and plan every step; whatever does not belong together is refused here, before weights are read."""
+    splits, manifest = open_dataset(config)
+    reference_logps, reference_manifest = open_reference(config, splits, manifest)
+    for split in splits.values():
+        require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
+    plan = plan_batches(
+        splits["train"].kl_group_of, global_batch_size=config.batch.global_batch_size, num_train_epochs=config.train.num_train_epochs,
+        max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
+    )  # fmt: skip
+    record = {
+        "seed": config.seed,
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "dataset": digest_of(*(entry["digest"] for entry in manifest["files"].values())),
+        "reference model": reference_manifest["identity"]["reference model"],
+        "global_batch_size": config.batch.global_batch_size,
+        **{name: getattr(config, name).model_dump(mode="json") for name in ("loss", "optim", "train")},
+    }
+    return Inputs(splits, reference_logps, plan, record)
+
+
+def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> Engine:
+    policy = load_policy(
+        config.model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=config.model.gradient_checkpointing,
+        partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
+    )  # fmt: skip
+    return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps)
+
+
+def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World) -> int:
+    """Return the number of steps already done: those of the newest verified checkpoint, or 0."""
+    train = inputs.splits["train"]
+    engine.warm_up(make_batch([], train, sharding.layout).to(engine.device))
+    if config.checkpoint.resume == "never":
+        on_main_rank(lambda: set_aside(_checkpoints(config)))
+    checkpoint = newest_verified(_checkpoints(config), world)
+    if checkpoint is not None:
+        remedy = "restore the config, choose another output_dir, or set checkpoint.resume: never"
+        require_match(inputs.record, checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
+        load_checkpoint(engine, checkpoint, world)
+        return checkpoint.step
+    if config.reference.path is None:
+        noise = check_drift(engine, train, inputs.reference_logps["train"], inputs.plan.examples_of(1), dtype=config.model.dtype, sharding=sharding)
+        if world.is_main:
+            print(f"policy and reference agree to {noise:.1e} per token before the first update", flush=True)
+    return 0
+
+
+def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Engine, world: World, done: int) -> Sinks:
+    if not world.is_main:
+        return Sinks([])
+    plan, train = inputs.plan, inputs.splits["train"]
+    print(f"{'resuming' if done else 'starting'} at step {done + 1} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
+          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.layout}, {serving.backend}", flush=True)  # fmt: skip
+    if serving.notice:
+        print(f"notice: {serving.notice}", flush=True)
+    return open_sinks(
+        output_dir=config.output_dir, total_steps=plan.num_steps, done_steps=done, wandb=config.report.wandb, run_config=config.model_dump(mode="json")
+    )
+
+
+def _checkpoints(config: RunConfig) -> Path:
+    return config.output_dir / "checkpoints"
+
+
+def _write_config(config: RunConfig) -> None:
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    with open(config.output_dir / "config.yaml", "w", encoding="utf-8") as stream:
+        write_yaml(config, stream)
