@@ -1,0 +1,104 @@
+"""What the distributed tests share: a numeric model and tokenizer, configs, launches."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+# Small enough that ZeRO-3 partitions, gathers and prefetches the parameters of a tiny model too.
+TINY_ZERO3 = {
+    "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 20_000, "stage3_max_live_parameters": 100_000, "stage3_prefetch_bucket_size": 20_000,
+}  # fmt: skip
+LAUNCH_SECONDS = 540
+
+
+def word(token_id: int) -> str:
+    """The word that number_tokenizer turns into this id; 2 is the end of a sequence."""
+    return "<eos>" if token_id == 2 else f"t{token_id}"
+
+
+def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer in which text is a list of token ids, so that tests can say exactly which ids a row has."""
+    tokenizer = Tokenizer(models.WordLevel({word(token_id): token_id for token_id in range(vocab_size)}, unk_token=word(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=word(2), pad_token=word(0))
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return fast
+
+
+def conversation(prompt_ids: list[int], completion_ids: list[int], label: bool) -> dict:
+    """A row whose tokens are exactly these: chat templates add nothing here, and only plain text gets an end of sequence."""
+    content = [" ".join(map(word, ids)) for ids in (prompt_ids, completion_ids)]
+    return {"prompt": [{"role": "user", "content": content[0]}], "completion": [{"role": "assistant", "content": content[1]}], "label": label}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_config(path: Path, **sections) -> Path:
+    YAML(typ="safe").dump({name: value if isinstance(value, (str, int)) else dict(value) for name, value in sections.items()}, path)
+    return path
+
+
+def write_zero(folder: Path, stage: int) -> str:
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": TINY_ZERO3 if stage == 3 else {"stage": stage}}))
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def launcher(num_ranks: int) -> list[str]:
+    """The command that starts `num_ranks` local ranks; what follows it is a script, or --module and a module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
+
+
+def run_commands(folder: Path, commands: list[list[str]], *, num_ranks: int) -> list[dict]:
+    """Run kto-ds commands one after the other on `num_ranks` ranks and return their results; see worker.py."""
+    commands_file, results_file = folder / f"commands{num_ranks}.json", folder / f"results{num_ranks}.json"
+    commands_file.write_text(json.dumps([[str(part) for part in command] for command in commands]))
+    done = launch([*launcher(num_ranks), str(ROOT / "tests" / "distributed" / "worker.py"), str(commands_file), str(results_file)])
+    assert results_file.exists(), done.stdout[-4000:]
+    results = json.loads(results_file.read_text())
+    failed = [(command, result) for command, result in zip(commands, results) if result["exit_code"]]
+    assert not failed, f"{failed}\n{done.stdout[-4000:]}"
+    return results
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LAUNCH_SECONDS)
+
+
+def launch_and_kill(command: list[str], *, when: Path) -> None:
+    """Start a run and kill -9 it with all its processes once the path `when` exists."""
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
+        deadline = time.monotonic() + LAUNCH_SECONDS
+        while not when.exists():
+            assert runner.poll() is None, f"the run ended before {when} appeared"
+            assert time.monotonic() < deadline, f"{when} did not appear"
+            time.sleep(0.02)
+        for process in [*psutil.Process(runner.pid).children(recursive=True), runner]:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def read_metrics(run: Path, split: str = "train") -> list[dict]:
+    return [record for line in (run / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["split"] == split]

@@ -1,0 +1,108 @@
+"""A step is the same however it is split: over ranks, ZeRO stages, micro-batches and layouts, whatever labels lie together."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kto_ds import cli
+from kto_ds.artifacts import read_manifest
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.packing import make_units, share_out
+from kto_ds.runtime.checkpoint import Checkpoint, list_checkpoints, read_weights
+from tests.distributed.runs import conversation, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
+
+pytestmark = pytest.mark.distributed
+
+RANKS, STAGES, LAYOUTS = (1, 2), (0, 1, 2, 3), ("prefix_shared", "packed", "padded")
+BUDGETS = {"one": 4096, "several": 96}  # tokens of a micro-batch; 96 is a little more than the longest pair
+# AdamW's first update is lr * g / (|g| + eps). With lr = eps = 1000 that is g to within |g| / 1000, the same for every split, so that weights
+# before and after the step show the gradient.
+OPTIM = {"learning_rate": 1e3, "adam_epsilon": 1e3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0}
+
+
+def rows() -> list[dict]:
+    """16 examples on 9 prompts, odd lengths. Desirable ones are long, undesirable ones short: micro-batches of one label."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda length: torch.randint(3, 61, (length,), generator=generator).tolist()  # noqa: E731
+    prompts = [draw(length) for length in (5, 9, 13, 21, 7, 11, 3, 17, 1)]
+    kinds = [(0, True), (0, True), (0, False), (1, True), (2, False), (2, False), (3, True), (3, False), (4, True), (5, False), (5, False), (6, True), (7, False), (8, True), (8, True), (8, False)]
+    return [conversation(prompts[prompt], draw(37 + 3 * number if label else 1 + number % 7), label) for number, (prompt, label) in enumerate(kinds)]
+
+
+def name_of(*parts) -> str:
+    return "-".join(map(str, parts))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """One optimizer step of every combination, each a run folder named ranks-stage-budget-layout."""
+    folder = tmp_path_factory.mktemp("split")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
+    # Wider than usual, so that policy and reference differ enough; the order of the two makes z positive.
+    for name in ("reference", "model"):
+        LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / name)
+        number_tokenizer(61).save_pretrained(folder / name)
+    write_rows(folder / "rows.jsonl", rows())
+    write_config(
+        folder / "run.yaml",
+        output_dir=str(folder),
+        model={"path": str(folder / "model"), "dtype": "float32"},
+        data={"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 90, "kl_group_size": 3, "artifact": str(folder / "dataset")},
+        reference={"path": str(folder / "reference"), "artifact": str(folder / "reference_logps")},
+        loss={"desirable_weight": 1.3, "undesirable_weight": 0.7},
+        batch={"global_batch_size": 16},
+        optim=OPTIM,
+        train={"max_steps": 1},
+    )
+    config = ["--config", str(folder / "run.yaml")]
+    assert cli.run(["prepare", *config]) == 0
+    run_commands(folder, [["precompute-ref", *config]], num_ranks=1)
+    for num_ranks in RANKS:
+        commands = [
+            ["train", *config, "--output_dir", folder / name_of(num_ranks, stage, budget, layout), "--deepspeed.config", write_zero(folder, stage),
+             "--batch.max_tokens_per_microbatch", BUDGETS[budget], "--model.layout", layout]
+            for stage, budget, layout in itertools.product(STAGES, BUDGETS, LAYOUTS)
+        ]  # fmt: skip
+        run_commands(folder, commands, num_ranks=num_ranks)
+    return folder
+
+
+def weights_after(run: Path) -> dict[str, torch.Tensor]:
+    _, folder = list_checkpoints(run / "checkpoints")[-1]
+    return read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy="")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layout):
+    plain, split = runs / name_of(1, 0, "one", "padded"), runs / name_of(num_ranks, stage, budget, layout)
+    (wanted,), (found,) = read_metrics(plain), read_metrics(split)
+    assert wanted["kl"] > 0.1 and wanted["count/chosen"] == 8
+    for name in ("loss", "kl", "kl_stderr", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+
+    before = LlamaForCausalLM.from_pretrained(runs / "model").state_dict()
+    after_plain, after_split = weights_after(plain), weights_after(split)
+    for name, weight in before.items():
+        gradient = after_plain[f"lm.{name}"] - weight
+        assert gradient.norm() > 1e-4, f"{name} has no gradient to compare"
+        error = (after_split[f"lm.{name}"] - after_plain[f"lm.{name}"]).norm() / gradient.norm()
+        assert error < 1e-5, f"{name}: the gradients differ by {error:.1e}"
+
+
+def test_the_splits_are_real(runs):
+    split = TokenizedSplit.load(runs / "dataset" / "train")
+    for num_ranks in RANKS:
+        units = make_units(
+            torch.arange(split.num_examples).numpy(), pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
+            layout="packed", max_tokens=BUDGETS["several"],
+        )  # fmt: skip
+        shares = share_out(units, num_ranks=num_ranks, layout="packed", max_tokens=BUDGETS["several"])
+        labels = [{bool(split.desirable[pair]) for unit in micro_batch for pair in unit.pairs} for share in shares for micro_batch in share]
+        assert {True} in labels and all(len(share) > 2 for share in shares)
