@@ -84,8 +84,11 @@ def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layou
     plain, split = runs / name_of(1, 0, "one", "padded"), runs / name_of(num_ranks, stage, budget, layout)
     (wanted,), (found,) = read_metrics(plain), read_metrics(split)
     assert wanted["kl"] > 0.1 and wanted["count/chosen"] == 8
-    for name in ("loss", "kl", "kl_stderr", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins"):
+    for name in ("loss", "kl", "kl_stderr", "grad_norm", "logps/chosen", "logps/rejected"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+    # Means of small differences between large sums, in which rounding of the sums stays absolute.
+    for name in ("rewards/chosen", "rewards/rejected"):
+        assert found[name] == pytest.approx(wanted[name], abs=1e-5), name
 
     before = LlamaForCausalLM.from_pretrained(runs / "model").state_dict()
     after_plain, after_split = weights_after(plain), weights_after(split)

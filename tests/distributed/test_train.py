@@ -1,0 +1,170 @@
+"""Training as a user starts it: resume after kill -9, the ZeRO-3 trace, bfloat16, NaN, refusals. Two ranks unless said otherwise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kto_ds import cli
+from kto_ds.artifacts import read_manifest
+from kto_ds.runtime.checkpoint import Checkpoint, list_checkpoints, read_weights
+from tests.distributed.runs import conversation, launch, launch_and_kill, launcher, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
+
+pytestmark = pytest.mark.distributed
+
+TIMINGS = {"tokens_per_second", "seconds", "peak_memory_gib"}
+RARE_TOKEN = 60  # stands in one row only
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with model, run.yaml, dataset and reference artefact of 32 examples: 4 steps an epoch, 3 epochs."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
+    LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / "model")
+    number_tokenizer(61).save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda length: torch.randint(3, RARE_TOKEN, (length,), generator=generator).tolist()  # noqa: E731
+    rows = [conversation(draw(3 + number % 9), draw(5 + 7 * number % 31), number % 3 == 0) for number in range(32)]
+    rows[5]["completion"][0]["content"] += f" t{RARE_TOKEN} t7"
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "eval.jsonl", [conversation(draw(4 + number), draw(9), number % 2 == 0) for number in range(10)])
+    write_config(
+        folder / "run.yaml",
+        output_dir=str(folder / "run"),
+        model={"path": str(folder / "model"), "dtype": "float32"},
+        data={"train": [{"path": str(folder / "rows.jsonl")}], "eval": [{"path": str(folder / "eval.jsonl")}], "max_length": 64, "artifact": str(folder / "dataset")},
+        reference={"artifact": str(folder / "reference")},
+        batch={"global_batch_size": 8, "max_tokens_per_microbatch": 128},
+        optim={"learning_rate": 1e-3},
+        train={"num_train_epochs": 3},
+        eval={"eval_steps": 4},
+        checkpoint={"save_steps": 2, "save_total_limit": 2},
+        deepspeed={"config": write_zero(folder, 3)},
+    )
+    assert cli.run(["prepare", *config_of(folder)]) == 0
+    run_commands(folder, [["precompute-ref", *config_of(folder)]], num_ranks=1)
+    return folder
+
+
+def config_of(folder: Path, **overrides) -> list[str]:
+    return ["--config", str(folder / "run.yaml"), *(str(part) for key, value in overrides.items() for part in (f"--{key.replace('__', '.')}", value))]
+
+
+def status_of(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    _, folder = list_checkpoints(run / "checkpoints")[-1]
+    return read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy="")))
+
+
+def without_timings(records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def test_a_killed_run_ends_like_an_unbroken_one_bit_for_bit(prepared):
+    def command(name: str) -> list[str]:
+        return [*launcher(2), "--module", "kto_ds", "train", *config_of(prepared, output_dir=prepared / name)]
+
+    unbroken = launch(command("unbroken"))
+    assert unbroken.returncode == 0, unbroken.stdout[-4000:]
+    assert [step for step, _ in list_checkpoints(prepared / "unbroken" / "checkpoints")] == [10, 12], "retention keeps two"
+
+    launch_and_kill(command("killed"), when=prepared / "killed" / "checkpoints" / "step-00000004")
+    assert status_of(prepared / "killed")["state"] == "running", "the run ended before it was killed"
+    done_before = [step for step, _ in list_checkpoints(prepared / "killed" / "checkpoints")]
+    assert 4 in done_before and 12 not in done_before
+    resumed = launch(command("killed"))
+    assert resumed.returncode == 0, resumed.stdout[-4000:]
+    assert f"resuming at step {max(done_before) + 1} of 12" in resumed.stdout
+
+    wanted, found = final_weights(prepared / "unbroken"), final_weights(prepared / "killed")
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    for split in ("train", "eval"):
+        assert without_timings(read_metrics(prepared / "killed", split)) == without_timings(read_metrics(prepared / "unbroken", split))
+    assert status_of(prepared / "killed") == {"state": "completed", "step": 12, "exit_code": 0, "reason": ""}
+
+
+def test_one_process_group_of_runs(prepared):
+    """What needs two ranks but no process of its own: the trace, bfloat16 at every stage, refusals of a resume."""
+    plain = {"checkpoint__resume": "never"}
+    commands = [
+        ["train", *config_of(prepared, output_dir=prepared / "trace1", train__max_steps=1, **plain)],
+        ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, **plain)],
+        *(
+            ["train", *config_of(prepared, output_dir=prepared / f"bf16-{stage}", deepspeed__config=write_zero(prepared, stage), model__dtype="bfloat16",
+                                 reference__artifact=prepared / "reference_bf16", train__max_steps=3, **plain)]
+            for stage in (0, 1, 2, 3)
+        ),
+    ]  # fmt: skip
+    run_commands(prepared, [["precompute-ref", *config_of(prepared, model__dtype="bfloat16", reference__artifact=prepared / "reference_bf16")]], num_ranks=1)
+    one, five, *_ = run_commands(prepared, commands, num_ranks=2)
+    assert five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
+
+    wanted = read_metrics(prepared / "trace5")
+    for stage in (0, 1, 2, 3):
+        found = read_metrics(prepared / f"bf16-{stage}")
+        assert len(found) == 3
+        for have, want in zip(found, wanted):
+            # bfloat16 has 8 bits: sums of about 100 log-probs near -4 are good to about 1 in 400
+            assert have["logps/rejected"] == pytest.approx(want["logps/rejected"], rel=5e-3)
+            assert have["loss"] == pytest.approx(want["loss"], abs=0.02)
+
+
+def test_nan_stops_all_ranks_before_the_update_and_names_the_row(prepared):
+    broken = prepared / "broken"
+    broken.mkdir()
+    for path in (prepared / "model").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][RARE_TOKEN] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    overrides = dict(model__path=broken, reference__path=prepared / "model", output_dir=prepared / "nan", deepspeed__config=write_zero(prepared, 3))
+
+    done = launch([*launcher(2), "--module", "kto_ds", "train", *config_of(prepared, **overrides)])
+    assert done.returncode == 3, done.stdout[-4000:]
+    errors = [line for line in done.stdout.splitlines() if "kto-ds: error" in line]
+    assert len(errors) == 1 and "rows.jsonl:6" in errors[0] and "step " in errors[0], errors
+    assert "Traceback" not in done.stdout
+    status = status_of(prepared / "nan")
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    bad_step = status["step"] + 1
+    assert f"step {bad_step}:" in errors[0]
+    assert all(step < bad_step for step, _ in list_checkpoints(prepared / "nan" / "checkpoints"))
+
+
+def test_nan_in_the_reference_leaves_no_artefact(prepared):
+    target = prepared / "reference_nan"
+    done = launch([*launcher(2), "--module", "kto_ds", "precompute-ref", *config_of(prepared, reference__path=prepared / "broken", reference__artifact=target)])
+    assert done.returncode == 3, done.stdout[-4000:]
+    assert "rows.jsonl:6" in done.stdout and "Traceback" not in done.stdout
+    assert not target.exists()
+
+
+def test_another_rank_count_or_config_is_refused_on_resume(prepared):
+    """One rank meets the two-rank checkpoints of test_a_killed_run_...; then the same ranks, but another learning rate."""
+    command = [*launcher(1), "--module", "kto_ds", "train", *config_of(prepared, output_dir=prepared / "unbroken")]
+    done = launch(command)
+    assert done.returncode == 2 and "world size 2, now 1" in done.stdout and "Traceback" not in done.stdout, done.stdout[-3000:]
+    done = launch([*command, "--optim.learning_rate", "0.5"])
+    assert done.returncode == 2 and "learning_rate" in done.stdout and "0.001" in done.stdout, done.stdout[-3000:]
+
+
+def test_evaluate_and_export_agree_with_training(prepared):
+    """The exported model, scored by one process without DeepSpeed, gives the last evaluation of the two-rank run."""
+    config = config_of(prepared, output_dir=prepared / "unbroken")
+    run_commands(prepared, [["export", *config], ["evaluate", *config]], num_ranks=1)
+    found = json.loads((prepared / "unbroken" / "evaluation.json").read_text())
+    wanted = read_metrics(prepared / "unbroken", "eval")[-1]
+    assert wanted["step"] == 12
+    for name in ("loss", "kl_raw", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/auc"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+    assert (prepared / "unbroken" / "metrics.png").stat().st_size > 10_000
+    card = (prepared / "unbroken" / "export" / "README.md").read_text()
+    assert "32 examples" in card and "| eval | loss |" in card
