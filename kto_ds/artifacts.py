@@ -117,12 +117,12 @@ def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["kind"]
-        files = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = {name: {"bytes": entry["bytes"], "digest": entry["digest"]} for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"damaged manifest: {error}", where=str(path), remedy=remedy) from error
-    if found != kind or not isinstance(files, dict):
+    if found != kind:
         raise UserError(f"expected a {kind} artefact, found {excerpt(found)}", where=str(path), remedy=remedy)
-    return manifest
+    return {**manifest, "files": files}
 
 
 def damaged_files(folder: Path, manifest: dict) -> list[str]:
@@ -150,7 +150,16 @@ def require_intact(folder: Path, manifest: dict, *, remedy: str) -> None:
 
 def require_match(expected: dict, found: dict, *, where: str, remedy: str) -> None:
     """Refuse when a field of `expected` has another value in `found`, naming every such field with both values."""
+    expected, found = _flatten(expected), _flatten(found)
     differing = [key for key in expected if found.get(key) != expected[key]]
     if differing:
         lines = [f"\n  {key}: this run has {excerpt(expected[key])}, the artefact has {excerpt(found.get(key))}" for key in differing]
         raise UserError(f"does not belong to this run, {len(differing)} field{'s' if len(differing) > 1 else ''} differ:{''.join(lines)}", where=where, remedy=remedy)
+
+
+def _flatten(fields: dict, prefix: str = "") -> dict:
+    """Return nested mappings as one, with dotted keys."""
+    flat = {}
+    for key, value in fields.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

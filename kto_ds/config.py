@@ -186,14 +186,15 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
 
 
 def nearest_key(key: str) -> str:
-    """Return a hint with the known key most like `key`, or an empty string."""
+    """Return a hint with the known key most like `key`: in its own section first, then by its last part anywhere."""
+    section, _, leaf = key.rpartition(".")
     known = list(known_keys())
-    leaf = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    if not close:
-        match = difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.6)
-        close = [name for name in known if match and name.rsplit(".", 1)[-1] == match[0]]
-    return f"did you mean {close[0]}?" if close else "see kto-ds train --help for all keys"
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    anywhere = {name.rpartition(".")[2]: name for name in reversed(known)}
+    for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.75), (siblings, 0.0), (anywhere, 0.0)):
+        if close := difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff):
+            return f"did you mean {candidates[close[0]]}?" if cutoff else f"the nearest known key is {candidates[close[0]]}; all keys: kto-ds train --help"
+    raise AssertionError("the config has keys")
 
 
 def explain(error: ValidationError, where: str) -> UserError:

@@ -87,20 +87,17 @@ def _fill_groups(slices: list[Slice], kl_group_size: int) -> list[Group]:
 
 
 def _settle_leftovers(groups: list[Group], kl_group_size: int, max_examples: int) -> list[Group]:
-    """Join what is left over to the last whole group; where that outgrows a step, cut the union in two."""
+    """Join what is left over to the last whole group that has room; without room, two prompts stand alone, one is dealt out with the last group."""
     num_whole = sum(len(group) == kl_group_size for group in groups)
     settled, leftovers = groups[:num_whole], groups[num_whole:]
     for leftover in leftovers:
-        if not settled:
-            settled.append(leftover)
-            continue
-        union = _union(settled[-1], leftover)
-        if _size(union) <= max_examples:
-            settled[-1] = union
-        elif len(leftover) >= 2:
+        room = next((place for place in reversed(range(len(settled))) if _size(settled[place]) + _size(leftover) <= max_examples), None)
+        if room is not None:
+            settled[room] = _union(settled[room], leftover)
+        elif len(leftover) >= 2 or not settled:
             settled.append(leftover)
         else:
-            settled[-1:] = _cut_in_two(union, max_examples)
+            settled[-1:] = _deal_in_two(_union(settled[-1], leftover))
     if any(len(group) < 2 or _size(group) > max_examples for group in settled):
         raise UserError(
             f"the examples cannot be grouped into steps of at most {max_examples} with two distinct prompts each: too many share one prompt, or the batch is too small",
@@ -114,14 +111,16 @@ def _union(first: Group, second: Group) -> Group:
     return {prompt: first.get(prompt, []) + second.get(prompt, []) for prompt in [*first, *(p for p in second if p not in first)]}
 
 
-def _cut_in_two(group: Group, max_examples: int) -> list[Group]:
-    """Return two groups of two prompts or more and no more than a step's examples, or the group itself where there are none."""
-    prompts = list(group)
-    for cut in sorted(range(2, len(prompts) - 1), key=lambda cut: abs(2 * cut - len(prompts))):
-        halves = [{prompt: group[prompt] for prompt in part} for part in (prompts[:cut], prompts[cut:])]
-        if max(map(_size, halves)) <= max_examples:
-            return halves
-    return [group]
+def _deal_in_two(group: Group) -> list[Group]:
+    """Return two groups of about equal size; every prompt with two examples or more is in both."""
+    halves: list[Group] = [{}, {}]
+    for prompt, examples in group.items():
+        halves.sort(key=_size)  # the smaller half gets the larger part
+        middle = (len(examples) + 1) // 2
+        for half, part in zip(halves, (examples[:middle], examples[middle:])):
+            if part:
+                half[prompt] = part
+    return halves
 
 
 def _size(group: Group) -> int:

@@ -102,5 +102,7 @@ def complete_deepspeed_config(raw: dict, *, optim: OptimConfig, dtype: str, on_c
     }
     if dtype == "bfloat16":
         completed["bf16"] = {"enabled": True}
-        completed["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Stage 0 can only accumulate in the dtype of the weights.
+        if zero_stage(raw) > 0:
+            completed["data_types"] = {"grad_accum_dtype": "fp32"}
     return completed

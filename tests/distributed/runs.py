@@ -61,15 +61,19 @@ def write_zero(folder: Path, stage: int) -> str:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": programs, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def launcher(num_ranks: int) -> list[str]:
     """The command that starts `num_ranks` local ranks; what follows it is a script, or --module and a module."""
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks), "--master_port", free_port()]
+
+
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks), "--master_port", str(port)]
+        return str(probe.getsockname()[1])
 
 
 def run_commands(folder: Path, commands: list[list[str]], *, num_ranks: int) -> list[dict]:
@@ -84,8 +88,8 @@ def run_commands(folder: Path, commands: list[list[str]], *, num_ranks: int) -> 
     return results
 
 
-def launch(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LAUNCH_SECONDS)
+def launch(command: list[str], **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env={**environment(), **variables}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LAUNCH_SECONDS)
 
 
 def launch_and_kill(command: list[str], *, when: Path) -> None:

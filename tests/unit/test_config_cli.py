@@ -1,0 +1,302 @@
+"""From YAML and options to a RunConfig, or to one message and exit code 2."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from kto_ds.cli import COMMANDS, main, read_config
+from kto_ds.config import RunConfig, known_keys, nearest_key, read_yaml, write_yaml
+from kto_ds.errors import EXIT_OK, EXIT_USER, UserError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "output_dir: runs/x\nmodel: {path: some/model}\ndata: {train: [{path: rows.jsonl}]}\n"
+
+
+def run_file(tmp_path: Path, more: str = "", text: str = MINIMAL) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text + more, encoding="utf-8")
+    return path
+
+
+def config_of(tmp_path: Path, more: str = "", *options: str, text: str = MINIMAL) -> RunConfig:
+    return read_config("train", ["--config", str(run_file(tmp_path, more, text)), *options])[0]
+
+
+def refused(capsys, tmp_path: Path, more: str = "", *options: str, text: str = MINIMAL, command: str = "train") -> str:
+    """Run main on what it must refuse and return its message: exit code 2, on stderr only, without a traceback."""
+    code = main([command, "--config", str(run_file(tmp_path, more, text)), *options])
+    captured = capsys.readouterr()
+    assert code == EXIT_USER == 2, captured.err
+    assert captured.out == "" and captured.err.startswith("kto-ds: error: ") and "Traceback" not in captured.err and "pydantic" not in captured.err
+    return captured.err
+
+
+# defaults, YAML, overrides
+
+
+def test_the_smallest_file_gets_the_defaults(tmp_path):
+    config = config_of(tmp_path)
+    assert (config.seed, config.loss.beta, config.optim.learning_rate, config.batch.global_batch_size) == (42, 0.1, 1e-6, 32)
+    assert config.dataset_dir == Path("runs/x/dataset") and config.reference_dir == Path("runs/x/reference") and config.export_dir == Path("runs/x/export")
+
+
+def test_an_option_beats_the_file_and_the_file_the_default(tmp_path):
+    more = "loss: {beta: 0.3, desirable_weight: 1.5}\nreport: {wandb: {mode: offline, project: p}}\n"
+    config = config_of(tmp_path, more, "--loss.beta", "0.5", "--report.wandb.project=q", "--output_dir", "elsewhere")
+    assert (config.loss.beta, config.loss.desirable_weight, config.loss.undesirable_weight) == (0.5, 1.5, 1.0)
+    assert (config.report.wandb.mode, config.report.wandb.project, config.output_dir) == ("offline", "q", Path("elsewhere"))
+
+
+def test_an_option_can_replace_the_list_of_sources(tmp_path):
+    config = config_of(tmp_path, "", "--data.train", '[{"path": "other.jsonl", "split": "train"}]')
+    assert [(source.path, source.split) for source in config.data.train] == [("other.jsonl", "train")]
+
+
+@pytest.mark.parametrize("options", [("--train.max_steps", "null"), ("--train.max_steps=null",)])
+def test_null_takes_a_value_back(tmp_path, options):
+    assert config_of(tmp_path, "train: {max_steps: 7}\n").train.max_steps == 7
+    assert config_of(tmp_path, "train: {max_steps: 7}\n", *options).train.max_steps is None
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.0e-6", "1.E-6", "0.000001"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, text):
+    # YAML 1.1 reads 1e-6, without a point, as a string.
+    assert config_of(tmp_path, f"optim: {{learning_rate: {text}}}\n").optim.learning_rate == 1e-6
+    assert config_of(tmp_path, "", "--optim.learning_rate", text).optim.learning_rate == 1e-6
+
+
+def test_words_of_yaml_1_1_stay_words(tmp_path):
+    config = config_of(tmp_path, "report: {wandb: {name: off, project: 'no'}}\n")
+    assert (config.report.wandb.name, config.report.wandb.project) == ("off", "no")
+
+
+@pytest.mark.parametrize("text", ["True", "false", "true"])
+def test_booleans(tmp_path, text):
+    assert config_of(tmp_path, "", "--model.gradient_checkpointing", text).model.gradient_checkpointing == (text.lower() == "true")
+    assert config_of(tmp_path, f"model: {{path: m, gradient_checkpointing: {text}}}\n", text=MINIMAL.replace("model: {path: some/model}\n", "")).model.path == "m"
+
+
+def test_the_environment_changes_nothing(tmp_path, monkeypatch):
+    for name in ("SEED", "LOSS", "OUTPUT_DIR", "LOSS__BETA", "KTO_DS_SEED"):
+        monkeypatch.setenv(name, "7")
+    config = config_of(tmp_path)
+    assert (config.seed, config.loss.beta, config.output_dir) == (42, 0.1, Path("runs/x"))
+
+
+def test_a_config_cannot_be_changed(tmp_path):
+    with pytest.raises(ValidationError, match="frozen"):
+        config_of(tmp_path).loss.beta = 0.5
+
+
+# unknown keys
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "nearest"),
+    [
+        ("loss: {bta: 0.5}\n", "loss.bta", "loss.beta"),
+        ("batch: {global_batchsize: 8}\n", "batch.global_batchsize", "batch.global_batch_size"),
+        ("optimiser: {learning_rate: 1}\n", "optimiser", "optim"),
+        ("learning_rate: 1.0e-5\n", "learning_rate", "optim.learning_rate"),
+        ("train: {learning_rate: 1.0e-5}\n", "train.learning_rate", "optim.learning_rate"),
+        ("report: {wandb: {projekt: p}}\n", "report.wandb.projekt", "report.wandb.project"),
+    ],
+)
+def test_an_unknown_key_of_the_file_is_named_with_the_nearest_known_one(capsys, tmp_path, more, key, nearest):
+    message = refused(capsys, tmp_path, more)
+    assert f"{key}: unknown key" in message and str(tmp_path / "run.yaml") in message
+    assert f"did you mean {nearest}?" in message
+
+
+@pytest.mark.parametrize("form", ["--{} {}", "--{}={}"])
+@pytest.mark.parametrize(("key", "nearest"), [("loss.bta", "loss.beta"), ("learning_rate", "optim.learning_rate"), ("batch.global_batch", "batch.global_batch_size")])
+def test_an_unknown_option_is_named_with_the_nearest_known_one(capsys, tmp_path, key, nearest, form):
+    message = refused(capsys, tmp_path, "", *form.format(key, "1").split())
+    assert f"--{key}" in message and f"did you mean {nearest}?" in message
+
+
+def test_options_are_not_abbreviated(capsys, tmp_path):
+    assert "did you mean loss.beta?" in refused(capsys, tmp_path, "", "--loss.bet", "0.5")
+
+
+def test_every_key_is_nearest_to_itself():
+    assert all(nearest_key(key) == f"did you mean {key}?" for key in known_keys())
+
+
+def test_several_mistakes_are_told_at_once(capsys, tmp_path):
+    message = refused(capsys, tmp_path, "loss: {bta: 0.5, beta: -1}\nsede: 3\n")
+    assert "3 keys cannot be used" in message and "loss.bta" in message and "loss.beta" in message and "did you mean seed?" in message
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ("loss: {beta: high}\n", ["loss.beta", "number", "'high'"]),
+        ("loss: {beta: 0}\n", ["loss.beta", "greater than 0", "found 0"]),
+        ("loss: {beta: .nan}\n", ["loss.beta", "finite"]),
+        ("optim: {learning_rate: .inf}\n", ["optim.learning_rate", "finite"]),
+        ("loss: {beta: true}\n", ["loss.beta", "not true or false", "found True"]),
+        ("loss: {beta: null}\n", ["loss.beta", "found None"]),
+        ("loss: {loss_type: dpo}\n", ["loss.loss_type", "'kto' or 'apo_zero_unpaired'", "'dpo'"]),
+        ("loss: 3\n", ["loss", "found 3"]),
+        ("checkpoint: {save_steps: true}\n", ["checkpoint.save_steps", "not true or false"]),
+        ("checkpoint: {save_steps: 2.5}\n", ["checkpoint.save_steps", "integer", "found 2.5"]),
+        ("train: {max_steps: 0}\n", ["train.max_steps", "greater than or equal to 1"]),
+        ("train: {num_train_epochs: -1}\n", ["train.num_train_epochs", "greater than 0"]),
+        ("optim: {warmup_ratio: 1.5}\n", ["optim.warmup_ratio", "less than or equal to 1"]),
+        ("optim: {adam_beta2: 1}\n", ["optim.adam_beta2", "less than 1"]),
+        ("seed: -1\n", ["seed", "greater than or equal to 0"]),
+        ("seed: 4294967296\n", ["seed", "less than 4294967296"]),
+    ],
+)
+def test_a_wrong_value_is_told_with_key_found_and_expected(capsys, tmp_path, more, parts):
+    message = refused(capsys, tmp_path, more)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--loss.beta", "high"), ["loss.beta", "number", "'high'"]),
+        (("--data.kl_group_size", "true"), ["data.kl_group_size", "integer"]),
+        (("--optim.max_grad_norm", "null"), ["optim.max_grad_norm", "found None"]),
+        (("--data.train", "[]"), ["data.train", "at least 1 item"]),
+        (("--loss.beta",), ["--loss.beta", "expected one argument"]),
+        (("stray",), ["stray"]),
+    ],
+)
+def test_a_wrong_option_is_told_likewise(capsys, tmp_path, options, parts):
+    message = refused(capsys, tmp_path, "", *options)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(("more", "options"), [("batch: {global_batch_size: 3}\n", ()), ("", ("--batch.global_batch_size", "3"))])
+def test_a_step_must_hold_a_kl_group(capsys, tmp_path, more, options):
+    message = refused(capsys, tmp_path, more, *options)
+    assert "batch.global_batch_size: a step of 3 cannot hold a KL group of 4 prompts" in message and "data.kl_group_size" in message
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model", "data"])
+def test_what_must_be_given_is_named(capsys, tmp_path, key):
+    text = "".join(line + "\n" for line in MINIMAL.splitlines() if not line.startswith(key))
+    assert f"{key}: required, but not set" in refused(capsys, tmp_path, text=text)
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed: 1\nseed: 2\n", "seed"),
+        ("loss:\n  beta: 0.1\n  beta: 0.2\n", "beta"),
+        ("loss: {beta: 0.1\n", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("\t:\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_a_config_is_one_message(capsys, tmp_path, text, part):
+    message = refused(capsys, tmp_path, text=text)
+    assert part in message and str(tmp_path / "run.yaml") in message
+
+
+def test_a_duplicate_key_is_not_silently_the_last_one(tmp_path):
+    with pytest.raises(UserError, match="duplicate key"):
+        read_yaml(run_file(tmp_path, text="loss: {beta: 0.1, beta: 0.2}\n"))
+
+
+def test_bytes_that_are_not_utf_8_are_one_message(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"output_dir: \xff\n")
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "not valid YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_file_that_cannot_be_read_is_one_message(capsys, tmp_path, name):
+    assert main(["train", "--config", str(tmp_path / name)]) == 2
+    assert "cannot read the config" in capsys.readouterr().err
+
+
+def test_without_a_config_the_option_is_named(capsys):
+    assert main(["train"]) == 2
+    assert "--config" in capsys.readouterr().err
+
+
+# --print-config
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+def test_the_printed_config_reads_back_as_the_same_one(capsys, tmp_path, command):
+    more = "optim: {learning_rate: 3e-7, max_grad_norm: 0}\ntrain: {num_train_epochs: 0.5}\nreport: {wandb: {name: 'yes'}}\n"
+    path = run_file(tmp_path, more)
+    options = ["--seed", "7", "--data.train", '[{"path": "a b.jsonl"}, {"path": "c", "split": "train"}]']
+    assert main([command, "--config", str(path), *options, "--print-config"]) == EXIT_OK
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    again = tmp_path / "again.yaml"
+    again.write_text(printed.out, encoding="utf-8")
+    config = read_config(command, ["--config", str(path), *options])[0]
+    assert read_config(command, ["--config", str(again)])[0] == config
+    assert {key for key, value in config.model_dump().items() if isinstance(value, dict)} <= read_yaml(again).keys()
+
+
+def test_all_that_is_known_is_written(tmp_path):
+    stream = io.StringIO()
+    write_yaml(config_of(tmp_path), stream)
+    (tmp_path / "written.yaml").write_text(stream.getvalue(), encoding="utf-8")
+    written = read_yaml(tmp_path / "written.yaml")
+    for key in known_keys():
+        section = written
+        for part in key.split("."):
+            section = section[part]
+
+
+# launchers and commands
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("option", ["--local_rank=3", "--local-rank=0"])
+def test_the_option_the_launcher_adds_is_accepted(capsys, tmp_path, option, place):
+    command = ["train", "--config", str(run_file(tmp_path)), "--print-config"]
+    assert main([option, *command] if place == "before" else [*command, option]) == EXIT_OK
+    assert "local" not in capsys.readouterr().out
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    assert main(["trian"]) == 2
+    message = capsys.readouterr().err
+    assert "unknown command 'trian'" in message and all(command in message for command in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    text = capsys.readouterr().out
+    assert caught.value.code == EXIT_OK and all(command in text for command in COMMANDS)
+
+
+def test_help_of_a_command_lists_every_key_that_can_be_set(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == EXIT_OK
+    sections = {key for key in known_keys() if any(other.startswith(key + ".") for other in known_keys())}
+    assert [key for key in known_keys() if key not in sections and f"--{key}" not in text] == []
+
+
+def test_as_a_program_a_mistake_ends_with_2_before_torch_is_imported(tmp_path):
+    path = run_file(tmp_path, "loss: {bta: 0.5}\n")
+    code = f"import sys; from kto_ds.cli import main; code = main(['train', '--config', {str(path)!r}]); sys.exit(9 if 'torch' in sys.modules else code)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == f"kto-ds: error: {path}: loss.bta: unknown key; did you mean loss.beta?\n"
