@@ -154,7 +154,7 @@ def require_match(expected: dict, found: dict, *, where: str, remedy: str) -> No
     differing = [key for key in expected if found.get(key) != expected[key]]
     if differing:
         lines = [f"\n  {key}: this run has {excerpt(expected[key])}, the artefact has {excerpt(found.get(key))}" for key in differing]
-        raise UserError(f"does not belong to this run, {len(differing)} field{'s' if len(differing) > 1 else ''} differ:{''.join(lines)}", where=where, remedy=remedy)
+        raise UserError(f"does not belong to this run, {len(differing)} field{'s differ' if len(differing) > 1 else ' differs'}:{''.join(lines)}", where=where, remedy=remedy)
 
 
 def _flatten(fields: dict, prefix: str = "") -> dict:

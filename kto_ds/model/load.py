@@ -1,79 +1,15 @@
-"""From a Hugging Face folder or hub name to a Policy: what can be served is decided from the config, before any weight is read."""
+"""From a Hugging Face folder or hub name to a Policy, partitioned while it is read where ZeRO-3 wants that."""
 
 import contextlib
-from pathlib import Path
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from kto_ds.artifacts import folder_digest
 from kto_ds.config import ModelConfig
 from kto_ds.errors import UserError
 from kto_ds.model.attention import register_attention
 from kto_ds.model.policy import Policy
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Layer kinds that packed attention serves; every other kind keeps a state that would run across sequences.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# Config entries that change the logits between head and softmax, or the attention scores, in ways the packed path does not know.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def read_model_config(model: ModelConfig, *, where: str = "model.path") -> PretrainedConfig:
-    """Return the config of a causal language model that kto_ds can train, or a UserError that says why not."""
-    try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, HFValidationError) as error:
-        raise UserError(f"no usable model config at {model.path}: {str(error).splitlines()[0]}", where=where, remedy="give a folder with config.json, or a hub name") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:
-        raise UserError(f"{config.model_type} is not a causal language model of transformers", where=where)
-    entries = config.to_dict()
-    if experts := [name for name in EXPERT_COUNTS if (entries.get(name) or 0) > 1]:
-        raise UserError(f"{config.model_type} is a mixture of experts ({experts[0]} = {entries[experts[0]]}), which is not served yet", where=where, remedy="use a dense model")
-    if changed := [name for name in LOGIT_CHANGES if entries.get(name) not in (None, 1, 1.0)]:
-        raise UserError(f"{config.model_type} changes its logits by {changed[0]} = {entries[changed[0]]}, which is not served yet", where=where)
-    return config
-
-
-def choose_layout(config: PretrainedConfig, requested: str) -> tuple[str, str]:
-    """Return (layout, notice); `auto` shares prompts unless the model's layers forbid packing, which the notice then says."""
-    entries = config.to_dict()
-    foreign = sorted(set(entries.get("layer_types") or []) - ATTENTION_LAYERS)
-    reason = f"layers of kind {', '.join(foreign)}" if foreign else ""
-    if entries.get("attn_logit_softcapping"):
-        reason = "soft-capped attention scores"
-    if not reason and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
-        reason = "attention that cannot be exchanged"
-    if not reason:
-        return (requested if requested != "auto" else "prefix_shared"), ""
-    if requested in ("auto", "padded"):
-        return "padded", f"{config.model_type} has {reason}: one padded sequence a row instead of packed ones"
-    raise UserError(f"{config.model_type} has {reason}, which layout {requested} cannot serve", where="model.layout", remedy="set model.layout: auto")
-
-
-def weight_files(model: ModelConfig) -> tuple[Path, list[str]]:
-    """Return the local folder of the model and the names of its safetensors files."""
-    folder = Path(model.path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
-        except (OSError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise UserError(f"neither a folder nor a model that can be fetched: {model.path}", where="model.path") from error
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise UserError(f"no safetensors weights in {folder}", where="model.path", remedy="convert the model to safetensors; pickled weights are not read")
-    return folder, names
-
-
-def model_digest(model: ModelConfig) -> str:
-    """Digest of the weights and config as files, the same whether or not parameters are partitioned later."""
-    folder, names = weight_files(model)
-    return folder_digest(folder, [*names, "config.json"])
+from kto_ds.model.support import DTYPES, weight_files
 
 
 def load_policy(

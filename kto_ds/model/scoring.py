@@ -13,7 +13,8 @@ from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.model.attention import choose_backend
-from kto_ds.model.load import DTYPES, choose_layout, load_policy
+from kto_ds.model.load import load_policy
+from kto_ds.model.support import DTYPES, choose_layout
 
 
 class ScoredPairs(NamedTuple):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from kto_ds.artifacts import read_manifest, staged_folder
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError, excerpt
-from kto_ds.model.load import DTYPES, read_model_config
+from kto_ds.model.support import DTYPES, read_model_config
 from kto_ds.report.sinks import METRICS_FILE
 from kto_ds.runtime.checkpoint import Checkpoint, newest_verified, read_weights
 from kto_ds.runtime.collectives import start

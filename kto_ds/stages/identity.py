@@ -12,7 +12,7 @@ from kto_ds.config import ModelConfig, RunConfig, SourceConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import KEY_DTYPE
 from kto_ds.data.tokenization import load_tokenizer
-from kto_ds.model.load import model_digest
+from kto_ds.model.support import model_digest
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "datasets")
 

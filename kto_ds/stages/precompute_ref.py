@@ -15,7 +15,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, pack, require_fit
 from kto_ds.data.reference import write_shard
 from kto_ds.errors import NumericsError
-from kto_ds.model.load import read_model_config
+from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import choose_serving, load_scorer, score
 from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
 from kto_ds.stages.identity import library_versions, needed_pairs, pair_keys, reference_identity, reference_model

@@ -12,7 +12,7 @@ from kto_ds.data.records import Record, to_records
 from kto_ds.data.sources import read_rows
 from kto_ds.data.tokenization import tokenize_records
 from kto_ds.errors import UserError
-from kto_ds.model.load import read_model_config
+from kto_ds.model.support import read_model_config
 from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer
 
 
