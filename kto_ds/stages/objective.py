@@ -1,6 +1,6 @@
 """The objective on the ranks: one step of training, and the same without an update for evaluation.
 
-Legend: E examples of the step, over all ranks; pairs 0..E-1 of a step are its matched ones, E..2E-1 its mismatched ones.
+Legend: E examples of the step, over all ranks; S sequences of a micro-batch; N pairs. Example ids and pair ids come in ascending order.
 A log-prob is computed by one rank and is zero on the others, so that sums over ranks are exact, and every rank ends with the same values.
 """
 
@@ -16,13 +16,14 @@ from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, share_out
 from kto_ds.errors import NumericsError, UserError
-from kto_ds.losses import kto_terms, reference_point
+from kto_ds.losses import ReferencePoint, kto_terms, reference_point
 from kto_ds.model.scoring import score
 from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
 from kto_ds.runtime.collectives import sum_across_ranks
 from kto_ds.runtime.engine import Engine
 
-
+# apo_zero_unpaired compares with the reference itself.
+NO_REFERENCE_POINT = ReferencePoint(kl=torch.zeros(()), raw=torch.zeros(()), stderr=torch.zeros(()))
 # Largest log-ratio per token between policy and reference that is still rounding, before the first update.
 DRIFT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
@@ -49,7 +50,7 @@ def train_step(
     engine: Engine,
     split: TokenizedSplit,
     reference_logps: np.ndarray,  # [2E of the split], by pair id
-    examples: np.ndarray,  # [E] example ids of the step
+    examples: np.ndarray,  # [E] example ids of the step, ascending
     *,
     when: str,
     loss: LossConfig,
@@ -60,40 +61,32 @@ def train_step(
     Phase A estimates the reference point from all mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
     loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
     """
-    num_examples = len(examples)
-    pairs = np.concatenate([examples, split.mismatched_pairs(examples)])  # [2E] matched, then mismatched
-    place_of = {pair: place for place, pair in enumerate(pairs.tolist())}
-    references = torch.from_numpy(reference_logps[pairs]).to(engine.device)  # [2E]
+    mismatched = split.mismatched_pairs(examples)
     desirable = torch.from_numpy(split.desirable[examples]).to(engine.device)  # [E]
-    policy_logps = torch.zeros_like(references)  # [2E], filled by the ranks that score them
+    matched_references, mismatched_references = (torch.from_numpy(reference_logps[pairs]).to(engine.device) for pairs in (examples, mismatched))  # [E]
 
-    def places(pair_ids: np.ndarray) -> Tensor:
-        return torch.tensor([place_of[pair] for pair in pair_ids.tolist()], dtype=torch.int64, device=engine.device)
-
+    point = NO_REFERENCE_POINT
     if loss.loss_type == "kto":
-        micro_batches = sharding.share_of(pairs[num_examples:], split)
-        for scored in score(engine, micro_batches, split, layout=sharding.layout, device=engine.device):
-            policy_logps[places(scored.pairs)] = scored.logps
-        sum_across_ranks(policy_logps)
-        kl = reference_point((policy_logps - references)[num_examples:]).kl
-    else:
-        kl = torch.zeros((), device=engine.device)
+        mismatched_logps = logps_of(engine, mismatched, split, sharding)
+        point = reference_point(mismatched_logps - mismatched_references)
+    kl = point.kl.to(engine.device)
 
-    matched_logps = torch.zeros(num_examples, device=engine.device)  # [E]
-    micro_batches = sharding.share_of(pairs[:num_examples], split)
+    logps = torch.zeros_like(matched_references)  # [E]
+    micro_batches = sharding.share_of(examples, split)
     for number, micro_batch in enumerate(micro_batches, start=1):
         batch = make_batch(micro_batch, split, sharding.layout).to(engine.device)
-        where = places(batch.pair_ids)
-        logps = engine(batch)  # [S]
-        terms = kto_terms(logratios=logps - references[where], desirable=desirable[where], kl=kl, **loss_constants(loss))
+        places = _places(batch.pair_ids, examples, engine.device)
+        sequence_logps = engine(batch)  # [S]
+        terms = kto_terms(logratios=sequence_logps - matched_references[places], desirable=desirable[places], kl=kl, **_constants(loss))
         # DeepSpeed averages gradients over the ranks; the loss is a mean over the step's examples.
-        engine.backward(terms.losses.sum() * (sharding.num_ranks / num_examples), is_last=number == len(micro_batches))
-        matched_logps[where] = logps.detach()
-    policy_logps[:num_examples] = sum_across_ranks(matched_logps)
+        engine.backward(terms.losses.sum() * (sharding.num_ranks / len(examples)), is_last=number == len(micro_batches))
+        logps[places] = sequence_logps.detach()
+    logps = sum_across_ranks(logps)
 
-    logps = policy_logps.cpu()
-    require_finite(logps.numpy(), split, when, examples)
-    result = step_result(logps, references.cpu(), desirable.cpu(), loss)
+    if loss.loss_type == "kto":
+        require_finite(mismatched_logps, examples, split, f"{when}, mismatched pairs")
+    require_finite(logps, examples, split, when)
+    result = _result(logps, matched_references, desirable, point, loss)
     try:
         return result, engine.step()
     except NumericsError as error:
@@ -111,17 +104,19 @@ def evaluate_split(
 ) -> dict[str, float]:
     """Return the metrics of the split: z is estimated once from all its mismatched pairs. All ranks call this and get the same result."""
     examples = np.arange(split.num_examples)
-    phases = [examples] if loss.loss_type == "apo_zero_unpaired" else [split.mismatched_pairs(examples), examples]
-    policy_logps = torch.zeros(2 * split.num_examples, dtype=torch.float32, device=sharding.device)
-    for pairs in phases:
-        for scored in score(forward, sharding.share_of(pairs, split), split, layout=sharding.layout, device=sharding.device):
-            policy_logps[torch.from_numpy(scored.pairs)] = scored.logps
-    logps = sum_across_ranks(policy_logps).cpu()
-    require_finite(logps.numpy(), split, "evaluation")
-    result = step_result(logps, torch.from_numpy(reference_logps), torch.from_numpy(np.array(split.desirable)), loss)
+    matched_references, mismatched_references = (torch.from_numpy(half).to(sharding.device) for half in np.split(np.array(reference_logps), 2))  # [E]
+    point = NO_REFERENCE_POINT
+    if loss.loss_type == "kto":
+        mismatched_logps = logps_of(forward, split.mismatched_pairs(examples), split, sharding)
+        require_finite(mismatched_logps, examples, split, "evaluation, mismatched pairs")
+        point = reference_point(mismatched_logps - mismatched_references)
+    logps = logps_of(forward, examples, split, sharding)
+    require_finite(logps, examples, split, "evaluation")
+    desirable = np.array(split.desirable)
+    result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), point, loss)
     metrics = kto_metrics([result])
-    if split.desirable.any() and not split.desirable.all():
-        metrics["rewards/auc"] = reward_auc(result.rewards, np.array(split.desirable))
+    if desirable.any() and not desirable.all():
+        metrics["rewards/auc"] = reward_auc(result.rewards, desirable)
     return metrics
 
 
@@ -130,42 +125,45 @@ def check_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.ndarr
 
     Before the first update both are the same model, so what is left is rounding, the noise floor of the rewards. UserError beyond that.
     """
-    drift = torch.zeros(len(examples), device=sharding.device)
-    for scored in score(engine, sharding.share_of(examples, split), split, layout=sharding.layout, device=sharding.device):
-        gap = scored.logps.cpu().numpy() - reference_logps[scored.pairs]
-        drift[torch.from_numpy(np.searchsorted(examples, scored.pairs))] = torch.from_numpy(np.abs(gap) / split.pair_lengths[scored.pairs]).to(drift)
-    drift = sum_across_ranks(drift).cpu().numpy()
-    require_finite(np.concatenate([drift, drift]), split, "before the first step", examples)
-    worst = int(drift.argmax())
-    if drift[worst] > DRIFT_TOLERANCE[dtype]:
+    logps = logps_of(engine, examples, split, sharding)
+    require_finite(logps, examples, split, "before the first step")
+    drift = np.abs(logps.cpu().numpy() - reference_logps[examples]) / split.matched_lengths[examples]
+    worst, allowed = int(drift.argmax()), DRIFT_TOLERANCE[dtype]
+    if drift[worst] > allowed:
         raise UserError(
-            f"the policy does not reproduce its own reference log-probs: {drift[worst]:.2g} per token at {split.row_name(examples[worst])}, {DRIFT_TOLERANCE[dtype]} allowed in {dtype}",
+            f"the policy does not reproduce its own reference log-probs: {drift[worst]:.2g} per token at {split.row_name(examples[worst])}, {allowed} allowed in {dtype}",
             where="reference.artifact",
             remedy="run kto-ds precompute-ref again with this model and these libraries",
         )
     return float(drift[worst])
 
 
-def loss_constants(loss: LossConfig) -> dict[str, float]:
+def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:
+    """Return the log-probs [N] of `pairs` [N], ascending pair ids, without gradients. All ranks call this and get all of them."""
+    logps = torch.zeros(len(pairs), dtype=torch.float32, device=sharding.device)
+    for scored in score(forward, sharding.share_of(pairs, split), split, layout=sharding.layout, device=sharding.device):
+        logps[_places(scored.pairs, pairs, sharding.device)] = scored.logps
+    return sum_across_ranks(logps)
+
+
+def require_finite(logps: Tensor, examples: np.ndarray, split: TokenizedSplit, when: str) -> None:
+    """Raise NumericsError naming the rows of `examples` [N] whose log-probs [N] are NaN or Inf."""
+    bad = (~torch.isfinite(logps)).cpu().numpy()
+    if bad.any():
+        rows = [split.row_name(example) for example in examples[bad][:5].tolist()]
+        raise NumericsError(f"{when}: {bad.sum()} of {len(bad)} log-probs are NaN or Inf; rows: {', '.join(rows)}")
+
+
+def _places(pair_ids: np.ndarray, pairs: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.searchsorted(pairs, pair_ids)).to(device)
+
+
+def _constants(loss: LossConfig) -> dict[str, float]:
     return {"beta": loss.beta, "desirable_weight": loss.desirable_weight, "undesirable_weight": loss.undesirable_weight}
 
 
-def step_result(policy_logps: Tensor, reference_logps: Tensor, desirable: Tensor, loss: LossConfig) -> StepResult:
-    """Return losses and rewards of E examples from log-probs [2E] in the order matched pairs, mismatched pairs; all on one device."""
-    num_examples = len(desirable)
-    logratios = policy_logps - reference_logps
-    point = reference_point(torch.zeros(1) if loss.loss_type == "apo_zero_unpaired" else logratios[num_examples:])
-    terms = kto_terms(logratios=logratios[:num_examples], desirable=desirable, kl=point.kl, **loss_constants(loss))
-    return StepResult(
-        losses=terms.losses.numpy(), rewards=terms.rewards.numpy(), logps=policy_logps[:num_examples].numpy(), desirable=desirable.numpy(),
-        kl=float(point.kl), kl_raw=float(point.raw), kl_stderr=float(point.stderr),
-    )  # fmt: skip
-
-
-def require_finite(logps: np.ndarray, split: TokenizedSplit, when: str, examples: np.ndarray | None = None) -> None:
-    """Raise NumericsError naming the rows of log-probs [2E] that are NaN or Inf; `examples` says which rows they are, all by default."""
-    bad = np.flatnonzero(~np.isfinite(logps))
-    if len(bad):
-        places = bad % (len(logps) // 2)
-        rows = [split.row_name(example) for example in (places if examples is None else examples[places]).tolist()]
-        raise NumericsError(f"{when}: {len(bad)} log-probs are NaN or Inf; rows: {', '.join(dict.fromkeys(rows[:5]))}")
+def _result(logps: Tensor, references: Tensor, desirable: Tensor, point: ReferencePoint, loss: LossConfig) -> StepResult:
+    """Return losses and rewards of E examples from their log-probs [E], on the host."""
+    terms = kto_terms(logratios=logps - references, desirable=desirable, kl=point.kl.to(logps.device), **_constants(loss))
+    losses, rewards, logps, desirable = (values.cpu().numpy() for values in (terms.losses, terms.rewards, logps, desirable))
+    return StepResult(losses, rewards, logps, desirable, kl=float(point.kl), kl_raw=float(point.raw), kl_stderr=float(point.stderr))
