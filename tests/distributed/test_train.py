@@ -96,7 +96,7 @@ def test_one_process_group_of_runs(prepared):
     plain = {"checkpoint__resume": "never"}
     commands = [
         ["train", *config_of(prepared, output_dir=prepared / "trace1", train__max_steps=1, **plain)],
-        ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, **plain)],
+        ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, report__wandb__mode="offline", **plain)],
         *(
             ["train", *config_of(prepared, output_dir=prepared / f"bf16-{stage}", deepspeed__config=write_zero(prepared, stage), model__dtype="bfloat16",
                                  reference__artifact=prepared / "reference_bf16", train__max_steps=3, **plain)]
@@ -108,6 +108,7 @@ def test_one_process_group_of_runs(prepared):
     assert five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
 
     wanted = read_metrics(prepared / "trace5")
+    assert list((prepared / "trace5" / "wandb").glob("offline-run-*/*.wandb"))
     for stage in (0, 1, 2, 3):
         found = read_metrics(prepared / f"bf16-{stage}")
         assert len(found) == 3
@@ -135,7 +136,7 @@ def test_nan_stops_all_ranks_before_the_update_and_names_the_row(prepared):
     status = status_of(prepared / "nan")
     assert (status["state"], status["exit_code"]) == ("failed", 3)
     bad_step = status["step"] + 1
-    assert f"step {bad_step}:" in errors[0]
+    assert f"step {bad_step}" in errors[0]
     assert all(step < bad_step for step, _ in list_checkpoints(prepared / "nan" / "checkpoints"))
 
 
@@ -145,6 +146,21 @@ def test_nan_in_the_reference_leaves_no_artefact(prepared):
     assert done.returncode == 3, done.stdout[-4000:]
     assert "rows.jsonl:6" in done.stdout and "Traceback" not in done.stdout
     assert not target.exists()
+
+
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(prepared):
+    run = prepared / "killed"
+    _, newest = list_checkpoints(run / "checkpoints")[-1]
+    damaged = next((newest / "state").glob("*optim_states.pt"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = launch([*launcher(2), "--module", "kto_ds", "train", *config_of(prepared, output_dir=run)])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert damaged.name in done.stdout and "resuming at step 11 of 12" in done.stdout, done.stdout[-4000:]
+    assert newest.with_name(newest.name + ".corrupt").is_dir()
+    wanted, found = final_weights(prepared / "unbroken"), final_weights(run)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_another_rank_count_or_config_is_refused_on_resume(prepared):
