@@ -1,0 +1,181 @@
+"""What a user can get wrong, through the command line: exit code 2, one message that says where and what to do, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kto_ds import cli
+from tests.distributed.runs import number_tokenizer, write_config, write_rows
+
+VOCAB_SIZE = 40
+
+
+def rows(num_prompts: int = 6) -> list[dict]:
+    return [{"prompt": f"t3 t{4 + number % num_prompts}", "completion": f" t7 t{8 + number}", "label": number % 2 == 0} for number in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model, 12 good rows, and run.yaml; nothing prepared."""
+    make_model(tmp_path / "model", seed=0)
+    write_rows(tmp_path / "rows.jsonl", rows())
+    write_config(
+        tmp_path / "run.yaml",
+        output_dir=str(tmp_path / "run"),
+        model={"path": str(tmp_path / "model"), "dtype": "float32"},
+        data={"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 16},
+        batch={"global_batch_size": 8, "max_tokens_per_microbatch": 64},
+    )
+    return tmp_path
+
+
+def make_model(path: Path, *, seed: int, **changes) -> None:
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16)
+    LlamaForCausalLM(LlamaConfig(**{**shape, **changes}, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(path)
+    number_tokenizer(VOCAB_SIZE).save_pretrained(path)
+
+
+def run(folder: Path, command: str, *overrides: str) -> int:
+    return cli.run([command, "--config", str(folder / "run.yaml"), *overrides])
+
+
+def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str]) -> None:
+    before = sorted(path for path in folder.rglob("*"))
+    capsys.readouterr()
+    assert run(folder, command, *overrides) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.err + printed.out
+    for text in saying:
+        assert text in printed.err, printed.err
+    assert sorted(path for path in folder.rglob("*")) == before, "something was written"
+
+
+def test_a_bad_row_is_named_by_file_line_field_and_value(folder, capsys):
+    bad = rows()
+    bad[4]["label"] = "yes"
+    write_rows(folder / "rows.jsonl", bad)
+    refuse(capsys, folder, "prepare", saying=["rows.jsonl:5", "label", "'yes'", "true"])
+
+
+def test_rows_with_one_prompt_have_no_reference_point(folder, capsys):
+    write_rows(folder / "rows.jsonl", rows(num_prompts=1))
+    refuse(capsys, folder, "prepare", saying=["at least two distinct prompts", "found 1"])
+
+
+def test_a_batch_smaller_than_a_kl_group(folder, capsys):
+    refuse(capsys, folder, "prepare", "--batch.global_batch_size", "3", saying=["batch.global_batch_size", "KL group of 4"])
+
+
+def test_a_source_that_is_not_there(folder, capsys):
+    refuse(capsys, folder, "prepare", "--data.train", json.dumps([{"path": str(folder / "none.jsonl")}]), saying=["none.jsonl", "no such file"])
+
+
+def test_a_model_that_is_not_there(folder, capsys):
+    refuse(capsys, folder, "prepare", "--model.path", str(folder / "none"), saying=["model.path", "none"])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(folder, capsys):
+    make_model(folder / "model", seed=0, vocab_size=12)
+    refuse(capsys, folder, "prepare", saying=["model.path", "12 embeddings"])
+
+
+def test_sequences_longer_than_the_model_has_positions(folder, capsys):
+    make_model(folder / "model", seed=0, max_position_embeddings=4)
+    refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions"])
+
+
+def test_a_mixture_of_experts_says_so_before_its_weights_are_read(folder, capsys):
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "num_local_experts": 8}))
+    (folder / "model" / "model.safetensors").unlink()
+    refuse(capsys, folder, "prepare", saying=["mixture of experts", "num_local_experts = 8"])
+
+
+def test_each_stage_names_the_command_that_is_missing(folder, capsys):
+    refuse(capsys, folder, "precompute-ref", saying=["dataset artefact is missing", "kto-ds prepare"])
+    assert run(folder, "prepare") == 0
+    refuse(capsys, folder, "train", saying=["reference artefact is missing", "kto-ds precompute-ref"])
+    refuse(capsys, folder, "export", saying=["no checkpoint", "kto-ds train"])
+    refuse(capsys, folder, "evaluate", saying=["data.eval"])
+
+
+def test_a_dataset_artefact_of_another_config_is_refused_with_every_differing_field(folder, capsys):
+    assert run(folder, "prepare") == 0
+    write_rows(folder / "rows.jsonl", rows()[:-1])
+    refuse(
+        capsys, folder, "precompute-ref", "--data.max_length", "8", "--data.kl_group_size", "2",
+        saying=["3 fields differ", "max_length: this run has 8, the artefact has 16", "kl_group_size: this run has 2, the artefact has 4", "train sources", "kto-ds prepare"],
+    )  # fmt: skip
+
+
+def test_a_reference_artefact_of_another_model_is_refused(folder, capsys):
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    make_model(folder / "other", seed=1)
+    refuse(capsys, folder, "train", "--reference.path", str(folder / "other"), saying=["1 field differs", "reference model: this run has", "kto-ds precompute-ref"])
+    refuse(capsys, folder, "train", "--model.dtype", "bfloat16", saying=["dtype: this run has 'bfloat16', the artefact has 'float32'"])
+
+
+def test_a_changed_byte_of_an_artefact_is_refused(folder, capsys):
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    for damaged in (folder / "run" / "reference" / "shard-00000.parquet", folder / "run" / "dataset" / "train" / "completion_tokens.npy"):
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
+        refuse(capsys, folder, "train", saying=["damaged", damaged.name])
+
+
+def test_reference_log_probs_that_cannot_be_are_refused(folder, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from kto_ds.artifacts import describe_folder, read_manifest, seal
+
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    artefact = folder / "run" / "reference"
+    table = pq.read_table(artefact / "shard-00000.parquet")
+    for bad in (0.5, float("nan")):
+        logps = table["logp"].to_pylist()
+        logps[0] = bad
+        pq.write_table(table.set_column(1, "logp", pa.array(logps, pa.float32())), artefact / "shard-00000.parquet")
+        manifest = read_manifest(artefact, kind="reference", remedy="")
+        (artefact / "manifest.json").unlink()
+        seal(artefact, manifest, describe_folder(artefact))
+        refuse(capsys, folder, "train", saying=["not finite or above 0"])
+
+
+def test_reference_log_probs_of_other_rows_are_refused(folder, capsys):
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    more = write_rows(folder / "more.jsonl", [*rows(), {"prompt": "t9 t9", "completion": " t9", "label": True}])
+    overrides = ["--data.train", json.dumps([{"path": str(more)}]), "--data.artifact", str(folder / "more")]
+    assert run(folder, "prepare", *overrides) == 0
+    refuse(capsys, folder, "train", *overrides, saying=["have no reference log-prob", "more.jsonl:", "kto-ds precompute-ref"])
+
+
+@pytest.mark.parametrize(
+    ("content", "saying"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation: unknown key", "did you mean zero_optimization"]),
+        ({"zero_optimization": {"stage": 3, "stage3_prefetch_buckets": 1}}, ["zero_optimization.stage3_prefetch_buckets"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping", "optim.max_grad_norm"]),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ["bf16", "model.dtype"]),
+        ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage"]),
+    ],
+)
+def test_a_deepspeed_file_with_a_wrong_key(folder, capsys, content, saying):
+    path = folder / "ds.json"
+    path.write_text(json.dumps(content))
+    refuse(capsys, folder, "train", "--deepspeed.config", str(path), saying=["ds.json", *saying])
+
+
+def test_an_unwritable_target_is_one_message(folder, capsys):
+    (folder / "blocked").write_text("a file, not a folder")
+    refuse(capsys, folder, "prepare", "--data.artifact", str(folder / "blocked" / "dataset"), saying=["cannot write", "blocked"])
+
+
+def test_prepare_under_the_launcher_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse(capsys, folder, "prepare", saying=["one process", "without deepspeed"])
