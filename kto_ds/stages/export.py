@@ -35,7 +35,11 @@ def main(config: RunConfig) -> None:
     with staged_folder(config.export_dir) as folder:
         lm.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         run_tokenizer(config).save_pretrained(folder)
-        (folder / "README.md").write_text(_model_card(config, checkpoint), encoding="utf-8")
+        card = folder / "README.md"
+        card.write_text(_model_card(config, checkpoint), encoding="utf-8")
+        # safetensors makes files that only their owner can read; a model is for sharing, as far as the umask allows.
+        for path in folder.iterdir():
+            path.chmod(card.stat().st_mode)
     print(f"exported step {checkpoint.step} to {config.export_dir}")
 
 

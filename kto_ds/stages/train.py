@@ -113,7 +113,7 @@ def _open_inputs(config: RunConfig) -> Inputs:
         "dataset": digest_of(*(entry["digest"] for entry in manifest["files"].values())),
         "reference model": reference_manifest["identity"]["reference model"],
         "global_batch_size": config.batch.global_batch_size,
-        **{name: getattr(config, name).model_dump(mode="json") for name in ("loss", "optim", "train")},
+        **config.model_dump(mode="json", include={"loss", "optim", "train"}),
     }
     return Inputs(splits, reference_logps, plan, record)
 

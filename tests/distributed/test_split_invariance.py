@@ -32,6 +32,10 @@ def rows() -> list[dict]:
     return [conversation(prompts[prompt], draw(37 + 3 * number if label else 1 + number % 7), label) for number, (prompt, label) in enumerate(kinds)]
 
 
+# Beside the grid: a tied head, whose weight is embedding too, and a clipped step; one rank without ZeRO against two with stage 3.
+EXTRAS = {"tied": ["--model.path", "tied"], "clipped": ["--optim.max_grad_norm", "0.1"]}
+
+
 def name_of(*parts) -> str:
     return "-".join(map(str, parts))
 
@@ -46,6 +50,9 @@ def runs(tmp_path_factory) -> Path:
     for name in ("reference", "model"):
         LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / name)
         number_tokenizer(61).save_pretrained(folder / name)
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / "tied")
+    number_tokenizer(61).save_pretrained(folder / "tied")
     write_rows(folder / "rows.jsonl", rows())
     write_config(
         folder / "run.yaml",
@@ -67,6 +74,11 @@ def runs(tmp_path_factory) -> Path:
              "--batch.max_tokens_per_microbatch", BUDGETS[budget], "--model.layout", layout]
             for stage, budget, layout in itertools.product(STAGES, BUDGETS, LAYOUTS)
         ]  # fmt: skip
+        stage = 0 if num_ranks == 1 else 3
+        for extra, (option, value) in EXTRAS.items():
+            value = str(folder / value) if extra == "tied" else value
+            run = ["--output_dir", folder / name_of(extra, num_ranks), "--deepspeed.config", write_zero(folder, stage), "--batch.max_tokens_per_microbatch", 96]
+            commands.append(["train", *config, *run, option, value])
         run_commands(folder, commands, num_ranks=num_ranks)
     return folder
 
@@ -90,13 +102,34 @@ def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layou
     for name in ("rewards/chosen", "rewards/rejected"):
         assert found[name] == pytest.approx(wanted[name], abs=1e-5), name
 
-    before = LlamaForCausalLM.from_pretrained(runs / "model").state_dict()
-    after_plain, after_split = weights_after(plain), weights_after(split)
-    for name, weight in before.items():
-        gradient = after_plain[f"lm.{name}"] - weight
+    require_equal_gradients(runs / "model", plain, split)
+
+
+def require_equal_gradients(model: Path, plain: Path, split: Path) -> dict[str, torch.Tensor]:
+    """Compare what one step changed in two runs that began with `model`, parameter by parameter; return the gradient of the first."""
+    before, after_plain, after_split = LlamaForCausalLM.from_pretrained(model), weights_after(plain), weights_after(split)
+    gradients = {}
+    for name, weight in before.named_parameters():
+        gradients[name] = gradient = after_plain[f"lm.{name}"] - weight.detach()
         assert gradient.norm() > 1e-4, f"{name} has no gradient to compare"
         error = (after_split[f"lm.{name}"] - after_plain[f"lm.{name}"]).norm() / gradient.norm()
         assert error < 1e-5, f"{name}: the gradients differ by {error:.1e}"
+    return gradients
+
+
+def test_a_tied_head_under_zero3_gets_the_gradient_of_both_its_uses(runs):
+    gradients = require_equal_gradients(runs / "tied", runs / "tied-1", runs / "tied-2")
+    assert "lm_head.weight" not in gradients and "model.embed_tokens.weight" in gradients
+    assert (runs / "tied-2" / "metrics.jsonl").exists()
+
+
+def test_clipping_is_the_same_at_every_stage_and_the_norm_is_from_before_it(runs):
+    gradients = require_equal_gradients(runs / "model", runs / "clipped-1", runs / "clipped-2")
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert float(norm) == pytest.approx(0.1, rel=1e-3)
+    (unclipped,), (one,), (two,) = (read_metrics(runs / name) for name in (name_of(1, 0, "one", "padded"), "clipped-1", "clipped-2"))
+    assert one["grad_norm"] == pytest.approx(unclipped["grad_norm"], rel=1e-5) and one["grad_norm"] > 0.5
+    assert two["grad_norm"] == pytest.approx(unclipped["grad_norm"], rel=1e-5)
 
 
 def test_the_splits_are_real(runs):
