@@ -51,10 +51,12 @@ def _train_and_eval(axis: Axes, train: list[dict], evals: list[dict], metric: st
 
 
 def _draw_kl(axis: Axes, train: list[dict], evals: list[dict]) -> None:
-    if found := points(train, "kl", "kl_stderr"):
-        steps, kl, stderr = found
-        low, high = ([z + sign * error for z, error in zip(kl, stderr, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± standard error")
+    # The error belongs to the mean before the clamp; z itself has none where it is held at 0.
+    if found := points(train, "kl_raw", "kl_stderr"):
+        steps, raw, stderr = found
+        low, high = ([mean + sign * error for mean, error in zip(raw, stderr, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=GREY, alpha=0.25, linewidth=0)
+        _line(axis, train, "kl_raw", GREY, "before the clamp, ± standard error", linestyle="--")
     _train_and_eval(axis, train, evals, "kl")
 
 
