@@ -43,7 +43,10 @@ def choose_layout(config: PretrainedConfig, requested: str) -> tuple[str, str]:
     reason = f"layers of kind {', '.join(foreign)}" if foreign else ""
     if entries.get("attn_logit_softcapping"):
         reason = "soft-capped attention scores"
-    if not reason and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not reason and model_class is None:
+        reason = "code of its own"
+    elif not reason and not model_class._supports_attention_backend:
         reason = "attention that cannot be exchanged"
     if not reason:
         return (requested if requested != "auto" else "prefix_shared"), ""

@@ -38,7 +38,7 @@ reference: {{max_tokens_per_microbatch: 4096}}
 loss: {{beta: 0.5, desirable_weight: 1.5}}
 batch: {{global_batch_size: 32, max_tokens_per_microbatch: 1024}}  # one micro-batch a rank
 optim: {{learning_rate: 4.0e-4, lr_scheduler_type: linear, warmup_ratio: 0.05}}  # hundreds of times what a large model takes
-train: {{num_train_epochs: 4}}
+train: {{num_train_epochs: 6}}
 deepspeed: {{config: zero3}}
 checkpoint: {{save_steps: 100, save_total_limit: 2}}
 report: {{logging_steps: 5}}
