@@ -1,5 +1,3 @@
-import sys
+from kto_ds.cli import program
 
-from kto_ds.cli import main
-
-sys.exit(main())
+program()

@@ -4,6 +4,7 @@ Digests are xxh3-128: they find damage and mix-ups, not an attacker.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import xxhash
 from kto_ds.errors import UserError, excerpt
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of all artefacts; raised when a reader of today could not read them
 CHUNK_BYTES = 1 << 22
 
 
@@ -71,7 +73,7 @@ def describe_folder(folder: Path) -> dict[str, dict]:
 
 def seal(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
     """Write the manifest that makes the folder complete; `files` is what describe_folder or its parts say."""
-    write_atomically(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
+    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1))
 
 
 def incomplete_path(final: Path) -> Path:
@@ -92,6 +94,23 @@ def fresh_folder(folder: Path) -> None:
     """Make an empty folder; what lay there is gone."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of a folder for as long as this process lives; UserError when one is in it already."""
+    if folder.resolve() in _locks:
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError("another run is writing here", where=str(folder), remedy="wait for it, end it, or choose another output_dir") from error
+    _locks[folder.resolve()] = descriptor
+
+
+# Open descriptors hold the locks; the system lets go of them however a process ends.
+_locks: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
@@ -120,6 +139,8 @@ def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
         files = {name: {"bytes": entry["bytes"], "digest": entry["digest"]} for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"damaged manifest: {error}", where=str(path), remedy=remedy) from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"written in format {excerpt(manifest.get('format'))}, this version reads {FORMAT}", where=str(path), remedy=remedy)
     if found != kind:
         raise UserError(f"expected a {kind} artefact, found {excerpt(found)}", where=str(path), remedy=remedy)
     return {**manifest, "files": files}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from kto_ds.config import RunConfig, explain, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
@@ -44,11 +44,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, where="command line", remedy=hint or "see kto-ds <command> --help")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command, leave the process group and return the exit code; see errors.py for what the codes mean."""
-    exit_code = run(sys.argv[1:] if argv is None else argv)
+def program() -> None:
+    """The `kto-ds` program: run the command line and end the process with the exit code; see errors.py for what the codes mean."""
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code:
+        # The threads of a process group that was not left can abort the interpreter on its way out, with an exit code of their own.
+        os._exit(exit_code)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command, leave the process group and return the exit code."""
+    exit_code = run(argv)
     collectives = sys.modules.get("kto_ds.runtime.collectives")
-    # After an error the other ranks may sit in a collective, where leaving in an orderly way would wait for them.
+    # After an error other ranks may sit in a collective, where leaving in an orderly way would wait for them.
     if collectives and exit_code == EXIT_OK:
         collectives.stop()
     return exit_code
@@ -64,6 +74,7 @@ def run(argv: list[str]) -> int:
         _say(f"kto-ds: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        _say("kto-ds: interrupted")
         return EXIT_UNEXPECTED
     except Exception:
         traceback.print_exc()
@@ -133,8 +144,15 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, bool]:
         settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
         config = RunConfig.model_validate(settings.model_dump())
     except ValidationError as error:
-        raise explain(error, where=str(parsed.config)) from error
+        raise explain(error, where=_place(parsed.config, options)) from error
+    except SettingsError as error:
+        raise UserError(f"{error.__cause__ or error}", where="command line", remedy="write lists and sections as JSON: --data.train '[{\"path\": \"rows.jsonl\"}]'") from error
     return config, parsed.print_config
+
+
+def _place(config: Path, options: list[str]) -> str:
+    overrides = any(option.startswith("--") and option.split("=")[0] not in ("--config", "--print-config") for option in options)
+    return f"{config} and command line" if overrides else str(config)
 
 
 def _say(message: str) -> None:

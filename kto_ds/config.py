@@ -90,7 +90,7 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     num_train_epochs: Positive = Field(1.0, description="passes over the training examples")
-    max_steps: Count | None = Field(None, description="stop after this many optimizer steps")
+    max_steps: Count | None = Field(None, description="optimizer steps of the run; overrides num_train_epochs")
 
 
 class DeepSpeedConfig(Section):
@@ -199,7 +199,7 @@ def nearest_key(key: str) -> str:
 
 def explain(error: ValidationError, where: str) -> UserError:
     """Turn pydantic's findings into one message that names each key, what was found and what is expected."""
-    lines, remedy = [], ""
+    lines = []
     for found in error.errors():
         key = ".".join(str(part) for part in found["loc"])
         if found["type"] == "extra_forbidden":
@@ -211,4 +211,4 @@ def explain(error: ValidationError, where: str) -> UserError:
             lines.append(f"{key}: {message}; found {excerpt(found['input'])}" if key else message)
     if len(lines) > 1:
         lines = [f"{len(lines)} keys cannot be used"] + [f"  {line}" for line in lines]
-    return UserError("\n".join(lines), where=where, remedy=remedy)
+    return UserError("\n".join(lines), where=where)

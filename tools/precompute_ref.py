@@ -2,7 +2,8 @@
 
 import sys
 
-from kto_ds.cli import main
+from kto_ds.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["precompute-ref", *sys.argv[1:]]))
+    sys.argv.insert(1, "precompute-ref")
+    program()

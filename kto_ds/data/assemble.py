@@ -26,6 +26,7 @@ def assemble_split(
     max_group_examples: int,
     shuffle: bool,
     seed: int,
+    where: str = "data.train",
 ) -> Assembled:
     """Drop rows whose prompt leaves no room, cut completions at `max_length` (keep_start), and pair every completion with another prompt.
 
@@ -37,7 +38,7 @@ def assemble_split(
     prompt_of, prompts = _distinct([np.asarray(prompt_ids[row], dtype=np.int32) for row in kept])
     desirable_kept = np.asarray([desirable[row] for row in kept], dtype=bool)
     kl_group_of, mismatched_prompt_of = assign_kl_groups(
-        prompt_of, desirable_kept, kl_group_size=kl_group_size, max_examples=max_group_examples, shuffle=shuffle, seed=seed
+        prompt_of, desirable_kept, kl_group_size=kl_group_size, max_examples=max_group_examples, shuffle=shuffle, seed=seed, where=where
     )
     lengths = np.array([len(completion_ids[row]) for row in kept])
     room = max_length - np.array([len(prompt) for prompt in prompts])  # [P]

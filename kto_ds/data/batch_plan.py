@@ -46,7 +46,7 @@ def plan_batches(
     shuffle: bool,
     seed: int,
 ) -> BatchPlan:
-    """Plan every step of the run: `num_train_epochs` epochs (the last one may be a fraction), cut at `max_steps`."""
+    """Plan every step of the run: `num_train_epochs` epochs (the last one may be a fraction), or `max_steps` steps, however many epochs that is."""
     by_group = np.argsort(kl_group_of, kind="stable")  # [E] examples, group by group
     group_offsets = np.concatenate([[0], np.cumsum(np.bincount(kl_group_of))])
     largest = int(np.diff(group_offsets).max())
@@ -58,7 +58,9 @@ def plan_batches(
         )
 
     examples, sizes, steps_of_epoch = [], [], []
-    for epoch in range(int(np.ceil(num_train_epochs))):
+    num_epochs = int(np.ceil(num_train_epochs))
+    while len(steps_of_epoch) < num_epochs or (max_steps and len(sizes) < max_steps):
+        epoch = len(steps_of_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(len(group_offsets) - 1) if shuffle else np.arange(len(group_offsets) - 1)
         examples.append(np.concatenate([by_group[group_offsets[g] : group_offsets[g + 1]] for g in order]))
         epoch_sizes = _step_sizes(np.diff(group_offsets)[order], global_batch_size)
@@ -66,8 +68,8 @@ def plan_batches(
         sizes.extend(epoch_sizes)
 
     # 1 - 0.8 is a little less than 0.2, and 0.8 epochs of 5 steps are 4 steps nonetheless.
-    unfinished = int(np.floor((np.ceil(num_train_epochs) - num_train_epochs) * steps_of_epoch[-1] + 1e-6))
-    num_steps = min(len(sizes) - unfinished, max_steps or len(sizes))
+    unfinished = int(np.floor((num_epochs - num_train_epochs) * steps_of_epoch[num_epochs - 1] + 1e-6))
+    num_steps = max_steps or len(sizes) - unfinished
     step_offsets = np.concatenate([[0], np.cumsum(sizes[:num_steps])])
     return BatchPlan(examples=np.concatenate(examples)[: step_offsets[-1]], step_offsets=step_offsets, steps_of_epoch=tuple(steps_of_epoch))
 

@@ -22,13 +22,14 @@ def assign_kl_groups(
     max_examples: int,
     shuffle: bool,
     seed: int,
+    where: str = "data.train",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (kl_group_of [E], mismatched_prompt_of [E]); no group holds more than `max_examples`, none fewer than two prompts."""
     slices = _slices(prompt_of, max_per_slice=max(1, max_examples // kl_group_size))
     if len({prompt for prompt, _ in slices}) < 2:
         raise UserError(
             f"the reference point needs at least two distinct prompts, found {len(slices and {slices[0][0]})} in {len(prompt_of)} examples",
-            where="data.train",
+            where=where,
             remedy="add rows with other prompts",
         )
     if shuffle:

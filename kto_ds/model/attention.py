@@ -26,7 +26,7 @@ def packed_attention(kernel: Callable[..., Tensor], module, query: Tensor, key: 
     """Attention of one layer on a packed row: query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None).
 
     `options` are what the model hands down: `segments` (from Policy.forward), `scaling`, `sliding_window`, and things that this
-    function does not serve; those are refused rather than ignored.
+    function does not serve: soft-capped scores and attention sinks are refused. Dropout is off in every model that load_policy returns.
     """
     segments: Segments | None = options.get("segments")
     if segments is None:
@@ -112,16 +112,16 @@ def register_attention(backend: str) -> str:
 
 def choose_backend(requested: str, *, device: torch.device, dtype: torch.dtype) -> str:
     """Return the kernel for `model.attention`, the best one available for `auto`; UserError where the requested one cannot run."""
-    available = {"sdpa": True, "torch_varlen": _fits_flash(device, dtype), "flash_attention_2": _fits_flash(device, dtype) and find_spec("flash_attn") is not None}
-    if available["torch_varlen"] and find_spec("torch.nn.attention.varlen") is None:
-        available["torch_varlen"] = False
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    available = {
+        "sdpa": True,
+        "torch_varlen": fits and find_spec("torch.nn.attention.varlen") is not None,
+        # Other packages share the name flash_attn; this module is that of flash-attn 2.
+        "flash_attention_2": fits and find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None,
+    }
     if requested == "auto":
         return next(name for name in ("flash_attention_2", "torch_varlen", "sdpa") if available[name])
     if not available[requested]:
         usable = ", ".join(name for name, usable in available.items() if usable)
         raise UserError(f"{requested} cannot run here on {device.type} in {dtype}; usable: {usable}", where="model.attention", remedy="set model.attention: auto")
     return requested
-
-
-def _fits_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)

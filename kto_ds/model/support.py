@@ -16,7 +16,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Layer kinds that packed attention serves; every other kind keeps a state that would run across sequences.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Config entries that change the logits between head and softmax, or the attention scores, in ways the packed path does not know.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
+LOGIT_CHANGES = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap", "output_logit_soft_cap",
+    "logits_mup_width_multiplier", "unpadded_vocab_size",
+)  # fmt: skip
+# Kinds of rotary embedding that change all positions of a micro-batch once its longest sequence is beyond the original length.
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -31,9 +36,24 @@ def read_model_config(model: ModelConfig, *, where: str = "model.path") -> Pretr
     entries = config.to_dict()
     if experts := [name for name in EXPERT_COUNTS if (entries.get(name) or 0) > 1]:
         raise UserError(f"{config.model_type} is a mixture of experts ({experts[0]} = {entries[experts[0]]}), which is not served yet", where=where, remedy="use a dense model")
-    if changed := [name for name in LOGIT_CHANGES if entries.get(name) not in (None, 1, 1.0)]:
-        raise UserError(f"{config.model_type} changes its logits by {changed[0]} = {entries[changed[0]]}, which is not served yet", where=where)
+    # Some of these are properties of the config class, which to_dict does not list.
+    if changed := [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]:
+        raise UserError(f"{config.model_type} changes its logits by {changed[0]} = {getattr(config, changed[0])}, which is not served yet", where=where)
     return config
+
+
+def longest_servable(config: PretrainedConfig) -> int | None:
+    """Return the most tokens a sequence may have for this model, None where nothing limits it.
+
+    Positions end the sequence; and with some rotary embeddings a longer one would change the log-probs of its neighbours in a micro-batch.
+    """
+    entries = config.to_dict()
+    limits = [entries.get("max_position_embeddings")]
+    rope = entries.get("rope_parameters") or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") in BATCH_DEPENDENT_ROPE:
+            limits.append(kind.get("original_max_position_embeddings") or entries.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def choose_layout(config: PretrainedConfig, requested: str) -> tuple[str, str]:

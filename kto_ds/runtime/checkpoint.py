@@ -42,7 +42,11 @@ def save_checkpoint(engine: Engine, root: Path, *, step: int, record: dict, save
     """
     final, staging = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
     on_main_rank(lambda: fresh_folder(staging))
-    _together(lambda: engine.deepspeed.save_checkpoint(str(staging), tag=TAG, client_state={"kto_ds": {"step": step}}, save_latest=False), final)
+    try:
+        engine.deepspeed.save_checkpoint(str(staging), tag=TAG, client_state={"kto_ds": {"step": step}}, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # The other ranks wait in a barrier of DeepSpeed's own, so there is nothing to agree on: this rank ends, and the launcher the rest.
+        raise _unwritable(final, f"rank {world.rank}: {str(error).splitlines()[0]}") from error
     barrier()
     on_main_rank(lambda: _remove_scripts(staging))
     names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
@@ -72,8 +76,12 @@ def _together(action: Callable, final: Path) -> list:
     outcomes = gather_objects((result, problem))
     problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
     if problems:
-        raise KtoError(f"{final}: the checkpoint could not be written; {'; '.join(problems)}. Earlier checkpoints are untouched.")
+        raise _unwritable(final, "; ".join(problems))
     return [result for result, _ in outcomes]
+
+
+def _unwritable(final: Path, problem: str) -> KtoError:
+    return KtoError(f"{final}: the checkpoint could not be written; {problem}. Earlier checkpoints are untouched.")
 
 
 def _remove_scripts(staging: Path) -> None:
@@ -89,11 +97,11 @@ def _retain(root: Path, save_total_limit: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(root: Path) -> None:
-    """Rename the folder of an earlier run's checkpoints, so that nothing is lost when a run starts over."""
-    if root.exists():
-        number = next(number for number in range(1, 10_000) if not root.with_name(f"{root.name}.{number}").exists())
-        root.rename(root.with_name(f"{root.name}.{number}"))
+def set_aside(path: Path, mark: str = "") -> None:
+    """Rename what an earlier run left, or what is damaged, to a free name of its own: nothing is deleted."""
+    if path.exists():
+        number = next(number for number in range(1, 10_000) if not path.with_name(f"{path.name}{mark}.{number}").exists())
+        path.rename(path.with_name(f"{path.name}{mark}.{number}"))
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -105,19 +113,23 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def newest_verified(root: Path, world: World) -> Checkpoint | None:
     """Return the newest checkpoint whose files all have their sizes and digests, or None in a folder that never had any.
 
-    A damaged one is renamed to `*.corrupt` and the one before it is tried. Ranks share the digesting. UserError when all are damaged.
+    A damaged one is renamed to `*.corrupt.N` and the one before it is tried. Ranks share the digesting. UserError when all are damaged.
     """
     candidates = on_main_rank(lambda: list_checkpoints(root))
     for _, folder in reversed(candidates):
-        manifest = on_main_rank(lambda folder=folder: read_manifest(folder, kind=KIND, remedy="remove this folder"))
-        share = {name: entry for index, (name, entry) in enumerate(manifest["files"].items()) if index % world.num_ranks == world.rank}
-        problems = [problem for part in gather_objects(damaged_files(folder, {"files": share})) for problem in part]
-        if not problems:
-            return Checkpoint(folder, manifest)
+        try:
+            manifest = on_main_rank(lambda folder=folder: read_manifest(folder, kind=KIND, remedy="remove this folder"))
+        except UserError as error:
+            problems = [error.what]
+        else:
+            share = {name: entry for index, (name, entry) in enumerate(manifest["files"].items()) if index % world.num_ranks == world.rank}
+            problems = [problem for part in gather_objects(damaged_files(folder, {"files": share})) for problem in part]
+            if not problems:
+                return Checkpoint(folder, manifest)
         if world.is_main:
             print(f"checkpoint {folder.name} is damaged and set aside: {'; '.join(problems)}", flush=True)
-            folder.rename(folder.with_name(folder.name + ".corrupt"))
-    if candidates or list(root.glob("*.corrupt")):
+        on_main_rank(lambda folder=folder: set_aside(folder, mark=".corrupt"))
+    if candidates or list(root.glob("*.corrupt.*")):
         raise UserError("no checkpoint is intact", where=str(root), remedy="set checkpoint.resume: never to start over, or restore a checkpoint")
     return None
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kto_ds.errors import UserError
+
 
 Result = TypeVar("Result")
 
@@ -33,13 +35,16 @@ def start() -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} of this machine has no GPU; {torch.cuda.device_count()} are visible", where="launcher", remedy="start fewer ranks")
+    if on_cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, for a minute or more, that only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=TIMEOUT, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -14,7 +14,7 @@ from kto_ds.errors import UserError, excerpt
 ALLOWED_KEYS = frozenset(
     "zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
     "gradient_predivide_factor disable_allgather disable_python_gc wall_clock_breakdown memory_breakdown dump_state log_level "
-    "flops_profiler comms_logger aio compile".split()
+    "flops_profiler comms_logger aio".split()
 )
 # What the run config decides: DeepSpeed key -> our key.
 OWNED_KEYS = {
@@ -58,11 +58,11 @@ def read_deepspeed_config(name: str) -> dict:
         elif key not in ALLOWED_KEYS:
             close = difflib.get_close_matches(key, [*ALLOWED_KEYS, *OWNED_KEYS], n=1)
             raise UserError(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""), where=str(path))
-    _check_zero_section(raw.get("zero_optimization", {}), path)
     return {key: value for key, value in raw.items() if key not in OWNED_KEYS}
 
 
-def _check_zero_section(section: dict, path: Path) -> None:
+def check_zero_section(section: dict, where: str) -> None:
+    """Let DeepSpeed itself judge the keys of zero_optimization; a UserError names the first wrong one."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
@@ -70,7 +70,7 @@ def _check_zero_section(section: dict, path: Path) -> None:
     except (ValidationError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         key = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"{key}: {first['msg']}", where=str(path)) from error
+        raise UserError(f"{key}: {first['msg']}", where=where) from error
 
 
 def zero_stage(deepspeed_config: dict) -> int:

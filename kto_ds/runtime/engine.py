@@ -1,5 +1,6 @@
 """The trainable policy on all ranks. The only caller of deepspeed.initialize."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -60,7 +61,7 @@ class Engine:
 
     def _plain_grad_norm(self) -> Tensor:
         # Stage 0 reports no norm unless it clips, and in float32 would apply a NaN.
-        grads = [parameter.grad for parameter in self.deepspeed.module.parameters() if parameter.grad is not None]
+        grads = [parameter.grad.float() for parameter in self.deepspeed.module.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
     @property
@@ -69,4 +70,4 @@ class Engine:
 
 
 def _scheduler(optim: OptimConfig, num_steps: int) -> Callable:
-    return partial(get_scheduler, optim.lr_scheduler_type, num_warmup_steps=round(optim.warmup_ratio * num_steps), num_training_steps=num_steps)
+    return partial(get_scheduler, optim.lr_scheduler_type, num_warmup_steps=math.ceil(optim.warmup_ratio * num_steps), num_training_steps=num_steps)

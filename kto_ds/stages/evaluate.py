@@ -7,7 +7,8 @@ from kto_ds.data.packing import require_fit
 from kto_ds.errors import UserError
 from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import choose_serving, load_scorer
-from kto_ds.runtime.collectives import barrier, start
+from kto_ds.runtime.collectives import barrier, on_main_rank, start
+from kto_ds.stages.identity import require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, evaluate_split
 
@@ -21,6 +22,7 @@ def main(config: RunConfig) -> None:
     model_config = read_model_config(model, where="eval.path")
     world = start()
     splits, manifest = open_dataset(config)
+    on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
     require_fit(splits["eval"].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
     serving = choose_serving(model, model_config, world.device)
@@ -28,6 +30,7 @@ def main(config: RunConfig) -> None:
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     metrics = evaluate_split(scorer, splits["eval"], references["eval"], config.loss, sharding=sharding)
     if world.is_main:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": model.path, **metrics}, indent=1))
         print(f"evaluation of {model.path}")
         for name, value in metrics.items():

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from kto_ds.artifacts import read_manifest, staged_folder
+from kto_ds.artifacts import require_match, staged_folder
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
-from kto_ds.report.sinks import METRICS_FILE
+from kto_ds.report.sinks import METRICS_FILE, read_records
 from kto_ds.runtime.checkpoint import Checkpoint, newest_verified, read_weights
 from kto_ds.runtime.collectives import start
-from kto_ds.stages.identity import library_versions, run_tokenizer
+from kto_ds.stages.identity import library_versions, run_record, run_tokenizer
 
 MAX_SHARD_SIZE = "5GB"
 TRAIN_FIRST = "run kto-ds train --config RUN.yaml"
@@ -27,16 +27,19 @@ def main(config: RunConfig) -> None:
     checkpoint = newest_verified(config.output_dir / "checkpoints", world)
     if checkpoint is None:
         raise UserError("there is no checkpoint", where=str(config.output_dir / "checkpoints"), remedy=TRAIN_FIRST)
+    remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
+    require_match(run_record(config), checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
     dtype = DTYPES[config.model.dtype]
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.model.trust_remote_code)
     _assign(lm, {name.removeprefix(POLICY_PREFIX): weight.to(dtype) for name, weight in read_weights(checkpoint).items()})
     lm.generation_config = _generation_config(config)
+    tokenizer, text = run_tokenizer(config), _model_card(config, checkpoint)
     with staged_folder(config.export_dir) as folder:
         lm.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        run_tokenizer(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         card = folder / "README.md"
-        card.write_text(_model_card(config, checkpoint), encoding="utf-8")
+        card.write_text(text, encoding="utf-8")
         # safetensors makes files that only their owner can read; a model is for sharing, as far as the umask allows.
         for path in folder.iterdir():
             path.chmod(card.stat().st_mode)
@@ -63,7 +66,6 @@ def _generation_config(config: RunConfig) -> GenerationConfig:
 
 
 def _model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
-    report = json.loads((config.dataset_dir / "data_report.json").read_text(encoding="utf-8"))["train"]
     sources = "\n".join(f"- `{Path(source.path).name}`" + (f", split `{source.split}`" if source.split else "") for source in config.data.train)
     metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
@@ -80,7 +82,7 @@ tags: [kto, kto_ds]
 
 ## Data
 
-{report['examples']:,} examples ({report['desirable']:,} desirable, {report['undesirable']:,} undesirable, {report['tokens']:,} tokens) from
+{_data_line(config)}
 
 {sources}
 
@@ -98,7 +100,14 @@ Reference: {excerpt(config.reference.path or config.model.path)}. Made with {ver
 """
 
 
+def _data_line(config: RunConfig) -> str:
+    path = config.dataset_dir / "data_report.json"
+    if not path.is_file():
+        return "Rows of"
+    report = json.loads(path.read_text(encoding="utf-8"))["train"]
+    return f"{report['examples']:,} examples ({report['desirable']:,} desirable, {report['undesirable']:,} undesirable, {report['tokens']:,} tokens) of"
+
+
 def _last_records(config: RunConfig) -> dict[str, dict]:
     path = config.output_dir / METRICS_FILE
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return {record["split"]: record for record in lines}
+    return {record["split"]: record for record in read_records(path)} if path.is_file() else {}

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import kto_ds
-from kto_ds.artifacts import digest_of, file_digest
+from kto_ds.artifacts import digest_of, file_digest, folder_digest, require_match
 from kto_ds.config import ModelConfig, RunConfig, SourceConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import KEY_DTYPE
@@ -56,7 +56,27 @@ def _source_identity(source: SourceConfig) -> list:
     path = Path(source.path)
     # A source that was moved away since is no reason to refuse; one that was changed is.
     content = file_digest(path) if path.is_file() else None
+    if path.is_dir():
+        content = folder_digest(path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()])
     return [source.path, source.split, content]
+
+
+def run_record(config: RunConfig) -> dict:
+    """What a checkpoint remembers of its run: a resume and an export must find it unchanged."""
+    return {
+        "seed": config.seed,
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "global_batch_size": config.batch.global_batch_size,
+        **config.model_dump(mode="json", include={"loss", "optim", "train"}),
+    }
+
+
+def require_same_tokenizer(model: ModelConfig, dataset_manifest: dict, *, where: str) -> None:
+    """Refuse a model whose tokenizer gives other ids than the one the dataset was prepared with."""
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    found = {"tokenizer": dataset_manifest["identity"]["tokenizer"]}
+    require_match({"tokenizer": tokenizer_identity(tokenizer)["tokenizer"]}, found, where=where, remedy="use models that share the tokenizer of model.path")
 
 
 def reference_identity(config: RunConfig, dataset_manifest: dict) -> dict:

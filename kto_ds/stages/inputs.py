@@ -41,16 +41,17 @@ def _forget_missing_files(expected: list[list], found: list[list] | None) -> lis
 
 def open_reference(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Return each split's reference log-probs by pair id ([2E] float32, NaN where the loss needs none) and the artefact's manifest."""
+    return on_main_rank(lambda: read_reference(config, splits, dataset_manifest))
+
+
+def read_reference(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """The same on one rank: UserError unless the artefact is whole, belongs to this run and has every pair."""
     folder = config.reference_dir
-
-    def check() -> tuple[dict[str, np.ndarray], dict]:
-        manifest = read_manifest(folder, kind="reference", remedy=PRECOMPUTE_FIRST)
-        require_match(reference_identity(config, dataset_manifest), manifest["identity"], where=str(folder), remedy=PRECOMPUTE_FIRST)
-        require_intact(folder, manifest, remedy=PRECOMPUTE_FIRST)
-        table = read_shards(folder, list(manifest["files"]))
-        return {name: _join(table, split, config.loss.loss_type, folder) for name, split in splits.items()}, manifest
-
-    return on_main_rank(check)
+    manifest = read_manifest(folder, kind="reference", remedy=PRECOMPUTE_FIRST)
+    require_match(reference_identity(config, dataset_manifest), manifest["identity"], where=str(folder), remedy=PRECOMPUTE_FIRST)
+    require_intact(folder, manifest, remedy=PRECOMPUTE_FIRST)
+    table = read_shards(folder, list(manifest["files"]))
+    return {name: _join(table, split, config.loss.loss_type, folder) for name, split in splits.items()}, manifest
 
 
 def _join(table: ReferenceTable, split: TokenizedSplit, loss_type: str, folder: Path) -> np.ndarray:

@@ -24,8 +24,8 @@ from kto_ds.runtime.engine import Engine
 
 # apo_zero_unpaired compares with the reference itself.
 NO_REFERENCE_POINT = ReferencePoint(kl=torch.zeros(()), raw=torch.zeros(()), stderr=torch.zeros(()))
-# Largest log-ratio per token between policy and reference that is still rounding, before the first update.
-DRIFT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+# Largest log-ratio that is still rounding, before the first update, in nats for a completion of one token.
+DRIFT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.3}
 
 
 class Sharding(NamedTuple):
@@ -121,21 +121,23 @@ def evaluate_split(
 
 
 def check_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.ndarray, examples: np.ndarray, *, dtype: str, sharding: Sharding) -> float:
-    """Score the matched pairs of `examples` and return the largest |policy - reference| log-prob per token.
+    """Score the matched pairs of `examples` and return the largest |policy - reference| log-prob, in nats a sequence.
 
-    Before the first update both are the same model, so what is left is rounding, the noise floor of the rewards. UserError beyond that.
+    Before the first update both are the same model, so what is left is rounding, the noise floor of the rewards. It grows with the square
+    root of a completion's length, while another model or template differs by as much in every token. UserError beyond rounding.
     """
     logps = logps_of(engine, examples, split, sharding)
     require_finite(logps, examples, split, "before the first step")
-    drift = np.abs(logps.cpu().numpy() - reference_logps[examples]) / split.matched_lengths[examples]
-    worst, allowed = int(drift.argmax()), DRIFT_TOLERANCE[dtype]
-    if drift[worst] > allowed:
+    drift = np.abs(logps.cpu().numpy() - reference_logps[examples])
+    allowed = DRIFT_TOLERANCE[dtype] * np.sqrt(split.matched_lengths[examples])
+    worst = int((drift / allowed).argmax())
+    if drift[worst] > allowed[worst]:
         raise UserError(
-            f"the policy does not reproduce its own reference log-probs: {drift[worst]:.2g} per token at {split.row_name(examples[worst])}, {allowed} allowed in {dtype}",
+            f"the policy does not reproduce its own reference log-probs: {drift[worst]:.2g} nats at {split.row_name(examples[worst])}, {allowed[worst]:.2g} allowed in {dtype}",
             where="reference.artifact",
             remedy="run kto-ds precompute-ref again with this model and these libraries",
         )
-    return float(drift[worst])
+    return float(drift.max())
 
 
 def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:
@@ -150,8 +152,9 @@ def require_finite(logps: Tensor, examples: np.ndarray, split: TokenizedSplit, w
     """Raise NumericsError naming the rows of `examples` [N] whose log-probs [N] are NaN or Inf."""
     bad = (~torch.isfinite(logps)).cpu().numpy()
     if bad.any():
-        rows = [split.row_name(example) for example in examples[bad][:5].tolist()]
-        raise NumericsError(f"{when}: {bad.sum()} of {len(bad)} log-probs are NaN or Inf; rows: {', '.join(rows)}")
+        rows = ", ".join(split.row_name(example) for example in examples[bad][:5].tolist())
+        blame = f"all of them, so the weights are broken rather than a row: lower optim.learning_rate; rows: {rows}" if bad.all() else f"rows: {rows}"
+        raise NumericsError(f"{when}: {bad.sum()} of {len(bad)} log-probs are NaN or Inf; {blame}")
 
 
 def _places(pair_ids: np.ndarray, pairs: np.ndarray, device: torch.device) -> Tensor:

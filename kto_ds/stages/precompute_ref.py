@@ -14,12 +14,12 @@ from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, pack, require_fit
 from kto_ds.data.reference import write_shard
-from kto_ds.errors import NumericsError
+from kto_ds.errors import NumericsError, UserError
 from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import choose_serving, load_scorer, score
-from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
-from kto_ds.stages.identity import library_versions, needed_pairs, pair_keys, reference_identity, reference_model
-from kto_ds.stages.inputs import open_dataset
+from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
+from kto_ds.stages.identity import library_versions, needed_pairs, pair_keys, reference_identity, reference_model, require_same_tokenizer
+from kto_ds.stages.inputs import open_dataset, read_reference
 
 MAX_SHARDS = 256
 
@@ -34,6 +34,12 @@ def main(config: RunConfig) -> None:
     model_config = read_model_config(model, where="reference.path" if config.reference.path else "model.path")
     world = start()
     splits, dataset_manifest = open_dataset(config)
+    if config.reference.path:
+        on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
+    if on_main_rank(lambda: _is_up_to_date(config, splits, dataset_manifest)):
+        if world.is_main:
+            print(f"reference artefact: {config.reference_dir} is complete and belongs to this run; nothing to do", flush=True)
+        return
     serving = choose_serving(model, model_config, world.device)
     keys_of = {name: _first_keys(split, config.loss.loss_type) for name, split in splits.items()}
     tasks = _plan(splits, keys_of, serving.layout, config.reference.max_tokens_per_microbatch)
@@ -47,13 +53,11 @@ def main(config: RunConfig) -> None:
     staging = incomplete_path(config.reference_dir)
     on_main_rank(lambda: fresh_folder(staging))
     scorer = load_scorer(model, model_config, serving, world.device)
-    bad = _score_shards(scorer, shards, splits, keys_of, serving.layout, staging, world)
-    bad = [place for part in gather_objects(bad) for place in part]
-    if bad:
-        raise NumericsError(f"{len(bad)} reference log-probs are not finite; rows: {', '.join(bad[:5])}")
+    _score_shards(scorer, shards, splits, keys_of, serving.layout, staging, world)
+    barrier()
 
     def finish() -> None:
-        manifest = {"kind": "reference", "format": 1, "identity": identity, "layout": serving.layout, "attention": serving.backend, "model": model.path,
+        manifest = {"kind": "reference", "identity": identity, "layout": serving.layout, "attention": serving.backend, "model": model.path,
                     "pairs": sum(len(keys) for keys in keys_of.values()), "libraries": library_versions()}  # fmt: skip
         seal(staging, manifest, describe_folder(staging))
         move_into_place(staging, config.reference_dir)
@@ -61,6 +65,17 @@ def main(config: RunConfig) -> None:
 
     on_main_rank(finish)
     barrier()
+
+
+def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> bool:
+    """Tell whether train would accept the artefact that is there already."""
+    if not config.reference_dir.is_dir():
+        return False
+    try:
+        read_reference(config, splits, dataset_manifest)
+    except UserError:
+        return False
+    return True
 
 
 def _first_keys(split: TokenizedSplit, loss_type: str) -> dict[int, bytes]:
@@ -87,8 +102,8 @@ def _cut_into_shards(tasks: list[Task]) -> list[list[Task]]:
     return [tasks[number::num_shards] for number in range(num_shards)]
 
 
-def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Layout, staging: Path, world: World) -> list[str]:
-    """Score and write this rank's shards; return the rows whose log-prob is not finite, and stop at the first shard that has any."""
+def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Layout, staging: Path, world: World) -> None:
+    """Score and write this rank's shards. NumericsError at the first log-prob that is not finite: no rank need wait for the others."""
     mine = range(world.rank, len(shards), world.num_ranks)
     progress = tqdm(total=sum(len(shards[number]) for number in mine), desc="precompute-ref", unit="micro-batch", disable=not world.is_main, mininterval=1.0)
     for number in mine:
@@ -99,11 +114,11 @@ def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Lay
                 values = scored.logps.cpu().numpy()
                 finite = np.isfinite(values)
                 if not finite.all():
-                    return [split.row_name(pair % split.num_examples) for pair in scored.pairs[~finite].tolist()]
+                    rows = [split.row_name(pair % split.num_examples) for pair in scored.pairs[~finite].tolist()]
+                    raise NumericsError(f"{len(rows)} reference log-probs are not finite; rows: {', '.join(rows[:5])}")
                 keys += [keys_of[task.split][pair] for pair in scored.pairs.tolist()]
                 logps.append(values)
                 num_tokens.append(split.pair_lengths[scored.pairs])
             progress.update()
         write_shard(staging / f"shard-{number:05d}.parquet", keys=np.array(keys), logps=np.concatenate(logps), num_tokens=np.concatenate(num_tokens))
     progress.close()
-    return []

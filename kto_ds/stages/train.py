@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PretrainedConfig
 
-from kto_ds.artifacts import digest_of, require_match
+from kto_ds.artifacts import digest_of, lock_folder, require_match
 from kto_ds.config import RunConfig, write_yaml
 from kto_ds.data.batch import make_batch
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
@@ -22,8 +22,9 @@ from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import StepTimer, peak_memory_gib
 from kto_ds.runtime.checkpoint import load_checkpoint, newest_verified, save_checkpoint, set_aside
 from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
-from kto_ds.runtime.deepspeed_config import complete_deepspeed_config, read_deepspeed_config, zero_stage
+from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
+from kto_ds.stages.identity import run_record
 from kto_ds.stages.inputs import open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, check_drift, evaluate_split, train_step
 
@@ -40,13 +41,15 @@ class Inputs(NamedTuple):
 def main(config: RunConfig) -> None:
     model_config = read_model_config(config.model)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
+    check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     world = start()
-    deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
-    serving = choose_serving(config.model, model_config, world.device)
-    inputs = _open_inputs(config)
-    on_main_rank(lambda: _write_config(config))
     status = RunStatus(config.output_dir / "status.json", is_main=world.is_main)
     with status.until_the_end():
+        status.running(0)
+        deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
+        serving = choose_serving(config.model, model_config, world.device)
+        inputs = _open_inputs(config)
+        on_main_rank(lambda: _claim_output_dir(config))
         engine = _build_engine(config, model_config, serving, deepspeed_config, inputs)
         sharding = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, engine.device)
         done = _resume_or_start(engine, config, inputs, sharding, world)
@@ -56,6 +59,8 @@ def main(config: RunConfig) -> None:
         finally:
             sinks.close()
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
+    if world.is_main:
+        print(f"done: {inputs.plan.num_steps} steps; checkpoints, metrics and plot in {config.output_dir}; next: kto-ds export", flush=True)
     barrier()
 
 
@@ -107,13 +112,9 @@ def _open_inputs(config: RunConfig) -> Inputs:
         max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
     )  # fmt: skip
     record = {
-        "seed": config.seed,
-        "model": config.model.path,
-        "dtype": config.model.dtype,
+        **run_record(config),
         "dataset": digest_of(*(entry["digest"] for entry in manifest["files"].values())),
         "reference model": reference_manifest["identity"]["reference model"],
-        "global_batch_size": config.batch.global_batch_size,
-        **config.model_dump(mode="json", include={"loss", "optim", "train"}),
     }
     return Inputs(splits, reference_logps, plan, record)
 
@@ -131,7 +132,7 @@ def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding
     train = inputs.splits["train"]
     engine.warm_up(make_batch([], train, sharding.layout).to(engine.device))
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: set_aside(_checkpoints(config)))
+        on_main_rank(lambda: [set_aside(path) for path in (_checkpoints(config), config.output_dir / METRICS_FILE)])
     checkpoint = newest_verified(_checkpoints(config), world)
     if checkpoint is not None:
         remedy = "restore the config, choose another output_dir, or set checkpoint.resume: never"
@@ -141,7 +142,7 @@ def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding
     if config.reference.path is None:
         noise = check_drift(engine, train, inputs.reference_logps["train"], inputs.plan.examples_of(1), dtype=config.model.dtype, sharding=sharding)
         if world.is_main:
-            print(f"policy and reference agree to {noise:.1e} per token before the first update", flush=True)
+            print(f"policy and reference log-probs agree to {noise:.1e} nats a sequence before the first update", flush=True)
     return 0
 
 
@@ -149,7 +150,8 @@ def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Eng
     if not world.is_main:
         return Sinks([])
     plan, train = inputs.plan, inputs.splits["train"]
-    print(f"{'resuming' if done else 'starting'} at step {done + 1} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
+    begin = "nothing left to do" if done == plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
+    print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
           f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.layout}, {serving.backend}", flush=True)  # fmt: skip
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)
@@ -162,7 +164,9 @@ def _checkpoints(config: RunConfig) -> Path:
     return config.output_dir / "checkpoints"
 
 
-def _write_config(config: RunConfig) -> None:
+def _claim_output_dir(config: RunConfig) -> None:
+    """Make the run's folder, keep other runs out of it until this process ends, and write the resolved config."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(config.output_dir)
     with open(config.output_dir / "config.yaml", "w", encoding="utf-8") as stream:
         write_yaml(config, stream)

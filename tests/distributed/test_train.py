@@ -158,7 +158,7 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(prepared):
     done = launch([*launcher(2), "--module", "kto_ds", "train", *config_of(prepared, output_dir=run)])
     assert done.returncode == 0, done.stdout[-4000:]
     assert damaged.name in done.stdout and "resuming at step 11 of 12" in done.stdout, done.stdout[-4000:]
-    assert newest.with_name(newest.name + ".corrupt").is_dir()
+    assert newest.with_name(newest.name + ".corrupt.1").is_dir()
     wanted, found = final_weights(prepared / "unbroken"), final_weights(run)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 

@@ -91,8 +91,8 @@ def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps_rounded_up(steps_a
     assert len(plan.examples) == 8 * plan.num_steps
 
 
-@pytest.mark.parametrize(("max_steps", "expected"), [(None, 6), (1, 1), (4, 4), (6, 6), (100, 6)])
-def test_max_steps_cuts_and_never_extends(max_steps, expected):
+@pytest.mark.parametrize(("max_steps", "expected"), [(None, 6), (1, 1), (4, 4), (6, 6), (7, 7), (20, 20)])
+def test_max_steps_overrides_the_epochs(max_steps, expected):
     plan = plan_of(np.repeat(np.arange(6), 4), num_train_epochs=2, max_steps=max_steps)
     assert plan.num_steps == expected and len(plan.examples) == 8 * expected
 

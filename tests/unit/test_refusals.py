@@ -43,15 +43,23 @@ def run(folder: Path, command: str, *overrides: str) -> int:
     return cli.run([command, "--config", str(folder / "run.yaml"), *overrides])
 
 
+def files_of(folder: Path) -> list[Path]:
+    """All there is, but status.json: a run that has a folder says there that it failed."""
+    return sorted(path for path in folder.rglob("*") if path.name != "status.json")
+
+
 def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str]) -> None:
-    before = sorted(path for path in folder.rglob("*"))
+    before = files_of(folder)
     capsys.readouterr()
     assert run(folder, command, *overrides) == 2
     printed = capsys.readouterr()
     assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.err + printed.out
     for text in saying:
         assert text in printed.err, printed.err
-    assert sorted(path for path in folder.rglob("*")) == before, "something was written"
+    assert files_of(folder) == before, "something was written"
+    if command == "train" and (folder / "run").is_dir():
+        status = json.loads((folder / "run" / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
 def test_a_bad_row_is_named_by_file_line_field_and_value(folder, capsys):
@@ -85,7 +93,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(folder, capsys):
 
 def test_sequences_longer_than_the_model_has_positions(folder, capsys):
     make_model(folder / "model", seed=0, max_position_embeddings=4)
-    refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions"])
+    refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions to use"])
 
 
 def test_a_mixture_of_experts_says_so_before_its_weights_are_read(folder, capsys):
@@ -153,6 +161,47 @@ def test_reference_log_probs_of_other_rows_are_refused(folder, capsys):
     overrides = ["--data.train", json.dumps([{"path": str(more)}]), "--data.artifact", str(folder / "more")]
     assert run(folder, "prepare", *overrides) == 0
     refuse(capsys, folder, "train", *overrides, saying=["have no reference log-prob", "more.jsonl:", "kto-ds precompute-ref"])
+
+
+def test_a_list_that_is_not_json_on_the_command_line(folder, capsys):
+    refuse(capsys, folder, "prepare", "--data.train", "[{path: rows.jsonl}]", saying=["command line", "JSON", "--data.train"])
+
+
+def test_two_runs_in_one_folder(folder, capsys):
+    import fcntl
+
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    with open(folder / "run" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refuse(capsys, folder, "train", saying=["another run is writing here"])
+
+
+def test_a_reference_model_with_another_tokenizer(folder, capsys):
+    assert run(folder, "prepare") == 0
+    make_model(folder / "other", seed=1)
+    number_tokenizer(VOCAB_SIZE - 1).save_pretrained(folder / "other")
+    refuse(capsys, folder, "precompute-ref", "--reference.path", str(folder / "other"), saying=["reference.path", "tokenizer: this run has"])
+
+
+def test_a_complete_reference_artefact_is_not_made_twice(folder, capsys):
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    made = (folder / "run" / "reference" / "manifest.json").stat().st_mtime_ns
+    assert run(folder, "precompute-ref", "--loss.beta", "0.5", "--batch.global_batch_size", "16") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (folder / "run" / "reference" / "manifest.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 4}])
+def test_rotary_embeddings_that_depend_on_the_batch_limit_the_length(folder, capsys, rope):
+    make_model(folder / "model", seed=0, rope_parameters=rope)
+    refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions to use"])
+
+
+def test_logits_that_are_scaled_after_the_head_are_refused(folder, capsys):
+    from transformers import GraniteConfig
+
+    GraniteConfig(vocab_size=VOCAB_SIZE, logits_scaling=8.0).save_pretrained(folder / "model")
+    refuse(capsys, folder, "prepare", saying=["logits_scaling = 8.0"])
 
 
 @pytest.mark.parametrize(

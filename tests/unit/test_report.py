@@ -191,7 +191,8 @@ def test_offline_run_leaves_a_folder_and_a_resumed_one_has_the_same_id(tmp_path,
         run.close()
         assert len(told) == 1 and "wandb sync" in told[0]
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
-    ids = [folder.name.rsplit("-", 1)[1] for folder in folders]
+    # offline-run-TIME-ID, and -1 behind it for a second run of one id in the same second
+    ids = [folder.name.split("-")[3] for folder in folders]
     assert len(set(ids)) == 2 and all(list(folder.glob("*.wandb")) for folder in folders)
     assert (tmp_path / "wandb" / "run_id").read_text() in ids
 
