@@ -96,11 +96,15 @@ def fresh_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other runs out of a folder for as long as this process lives; UserError when one is in it already."""
+def claim_folder(folder: Path) -> None:
+    """Make the folder of a run and keep other runs out of it for as long as this process lives; UserError when one is in it already."""
     if folder.resolve() in _locks:
         return
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=str(folder), remedy="choose an output_dir you may write to") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

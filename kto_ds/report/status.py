@@ -10,7 +10,7 @@ from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError
 
 
 class RunStatus:
-    """Keeps {"state", "step", "exit_code", "reason"} of a run on disk; only rank 0 writes, and only once the run has a folder."""
+    """Keeps {"state", "step", "exit_code", "reason"} of a run on disk; only rank 0 writes."""
 
     def __init__(self, path: Path, *, is_main: bool):
         self._path, self._is_main, self._step = path, is_main, 0
@@ -20,7 +20,7 @@ class RunStatus:
         self._write("running", None, "")
 
     def _write(self, state: str, exit_code: int | None, reason: str) -> None:
-        if self._is_main and self._path.parent.is_dir():
+        if self._is_main:
             write_atomically(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": reason}))
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PretrainedConfig
 
-from kto_ds.artifacts import digest_of, lock_folder, require_match
+from kto_ds.artifacts import claim_folder, digest_of, require_match
 from kto_ds.config import RunConfig, write_yaml
 from kto_ds.data.batch import make_batch
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
@@ -43,13 +43,14 @@ def main(config: RunConfig) -> None:
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     world = start()
+    on_main_rank(lambda: claim_folder(config.output_dir))
     status = RunStatus(config.output_dir / "status.json", is_main=world.is_main)
     with status.until_the_end():
         status.running(0)
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
         inputs = _open_inputs(config)
-        on_main_rank(lambda: _claim_output_dir(config))
+        on_main_rank(lambda: _write_config(config))
         engine = _build_engine(config, model_config, serving, deepspeed_config, inputs)
         sharding = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, engine.device)
         done = _resume_or_start(engine, config, inputs, sharding, world)
@@ -164,9 +165,6 @@ def _checkpoints(config: RunConfig) -> Path:
     return config.output_dir / "checkpoints"
 
 
-def _claim_output_dir(config: RunConfig) -> None:
-    """Make the run's folder, keep other runs out of it until this process ends, and write the resolved config."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    lock_folder(config.output_dir)
+def _write_config(config: RunConfig) -> None:
     with open(config.output_dir / "config.yaml", "w", encoding="utf-8") as stream:
         write_yaml(config, stream)

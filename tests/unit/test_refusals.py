@@ -44,8 +44,8 @@ def run(folder: Path, command: str, *overrides: str) -> int:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All there is, but status.json: a run that has a folder says there that it failed."""
-    return sorted(path for path in folder.rglob("*") if path.name != "status.json")
+    """All there is, but what marks a run's folder as its own: the lock, and status.json, which says that the run failed."""
+    return sorted(path for path in folder.rglob("*") if path.name not in ("status.json", ".lock"))
 
 
 def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str]) -> None:
@@ -57,7 +57,7 @@ def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str
     for text in saying:
         assert text in printed.err, printed.err
     assert files_of(folder) == before, "something was written"
-    if command == "train" and (folder / "run").is_dir():
+    if command == "train" and (folder / "run" / "status.json").exists():
         status = json.loads((folder / "run" / "status.json").read_text())
         assert (status["state"], status["exit_code"]) == ("failed", 2)
 
@@ -174,6 +174,7 @@ def test_two_runs_in_one_folder(folder, capsys):
     with open(folder / "run" / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         refuse(capsys, folder, "train", saying=["another run is writing here"])
+        assert not (folder / "run" / "status.json").exists(), "the status is that of the run inside"
 
 
 def test_a_reference_model_with_another_tokenizer(folder, capsys):
