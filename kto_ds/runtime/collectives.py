@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kto_ds.errors import UserError
 
-
 Result = TypeVar("Result")
 
 # Loading and digesting a large model on rank 0 keeps the others waiting in a broadcast.

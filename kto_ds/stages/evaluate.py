@@ -1,12 +1,13 @@
 """Score the evaluation rows with an exported model, or any other, on one or more ranks."""
 
 import json
+
 from kto_ds.artifacts import write_atomically
 from kto_ds.config import ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
 from kto_ds.errors import UserError
-from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import choose_serving, load_scorer
+from kto_ds.model.support import read_model_config
 from kto_ds.runtime.collectives import barrier, on_main_rank, start
 from kto_ds.stages.identity import require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, open_reference

@@ -15,13 +15,14 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, pack, require_fit
 from kto_ds.data.reference import write_shard
 from kto_ds.errors import NumericsError, UserError
-from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import choose_serving, load_scorer, score
-from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
+from kto_ds.model.support import read_model_config
+from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
 from kto_ds.stages.identity import library_versions, needed_pairs, pair_keys, reference_identity, reference_model, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
 
 MAX_SHARDS = 256
+GIVEN_UP = "given_up"  # a file in the unfinished folder: the ranks have no collective to tell each other while they score
 
 
 class Task(NamedTuple):
@@ -53,8 +54,9 @@ def main(config: RunConfig) -> None:
     staging = incomplete_path(config.reference_dir)
     on_main_rank(lambda: fresh_folder(staging))
     scorer = load_scorer(model, model_config, serving, world.device)
-    _score_shards(scorer, shards, splits, keys_of, serving.layout, staging, world)
-    barrier()
+    bad_rows = _score_shards(scorer, shards, splits, keys_of, serving.layout, staging, world)
+    if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
+        raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite; rows: {', '.join(bad_rows[:5])}")
 
     def finish() -> None:
         manifest = {"kind": "reference", "identity": identity, "layout": serving.layout, "attention": serving.backend, "model": model.path,
@@ -73,7 +75,8 @@ def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], dataset
         return False
     try:
         read_reference(config, splits, dataset_manifest)
-    except UserError:
+    except UserError as error:
+        print(f"the reference artefact that is there is made anew: {error.what}", flush=True)
         return False
     return True
 
@@ -102,11 +105,13 @@ def _cut_into_shards(tasks: list[Task]) -> list[list[Task]]:
     return [tasks[number::num_shards] for number in range(num_shards)]
 
 
-def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Layout, staging: Path, world: World) -> None:
-    """Score and write this rank's shards. NumericsError at the first log-prob that is not finite: no rank need wait for the others."""
+def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Layout, staging: Path, world: World) -> list[str]:
+    """Score and write this rank's shards and return the rows whose log-prob is not finite; the first such row ends the work of all ranks."""
     mine = range(world.rank, len(shards), world.num_ranks)
     progress = tqdm(total=sum(len(shards[number]) for number in mine), desc="precompute-ref", unit="micro-batch", disable=not world.is_main, mininterval=1.0)
     for number in mine:
+        if (staging / GIVEN_UP).exists():
+            return []
         keys, logps, num_tokens = [], [], []
         for task in shards[number]:
             split = splits[task.split]
@@ -114,11 +119,12 @@ def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Lay
                 values = scored.logps.cpu().numpy()
                 finite = np.isfinite(values)
                 if not finite.all():
-                    rows = [split.row_name(pair % split.num_examples) for pair in scored.pairs[~finite].tolist()]
-                    raise NumericsError(f"{len(rows)} reference log-probs are not finite; rows: {', '.join(rows[:5])}")
+                    (staging / GIVEN_UP).touch()
+                    return [split.row_name(pair % split.num_examples) for pair in scored.pairs[~finite].tolist()]
                 keys += [keys_of[task.split][pair] for pair in scored.pairs.tolist()]
                 logps.append(values)
                 num_tokens.append(split.pair_lengths[scored.pairs])
             progress.update()
         write_shard(staging / f"shard-{number:05d}.parquet", keys=np.array(keys), logps=np.concatenate(logps), num_tokens=np.concatenate(num_tokens))
     progress.close()
+    return []

@@ -13,8 +13,8 @@ from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import require_fit
 from kto_ds.model.load import load_policy
-from kto_ds.model.support import read_model_config
 from kto_ds.model.scoring import Serving, choose_serving
+from kto_ds.model.support import read_model_config
 from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks

@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 
 from kto_ds.artifacts import (
-    damaged_files, describe_folder, digest_of, file_digest, folder_digest, incomplete_path, read_manifest, require_intact, require_match, seal,
-    staged_folder, write_atomically,
+    damaged_files,
+    describe_folder,
+    digest_of,
+    file_digest,
+    folder_digest,
+    incomplete_path,
+    read_manifest,
+    require_intact,
+    require_match,
+    seal,
+    staged_folder,
+    write_atomically,
 )  # fmt: skip
 from kto_ds.errors import UserError
 

@@ -16,8 +16,8 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import make_units, pack
 from kto_ds.model.attention import register_attention
 from kto_ds.model.load import load_policy
-from kto_ds.model.support import read_model_config
 from kto_ds.model.policy import Policy
+from kto_ds.model.support import read_model_config
 
 LAYOUTS = ["prefix_shared", "packed", "padded"]
 VOCAB = 101
