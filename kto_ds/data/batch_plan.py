@@ -48,8 +48,8 @@ def plan_batches(
 ) -> BatchPlan:
     """Plan every step of the run: `num_train_epochs` epochs (the last one may be a fraction), or `max_steps` steps, however many epochs that is."""
     by_group = np.argsort(kl_group_of, kind="stable")  # [E] examples, group by group
-    group_offsets = np.concatenate([[0], np.cumsum(np.bincount(kl_group_of))])
-    largest = int(np.diff(group_offsets).max())
+    group_sizes = np.bincount(kl_group_of)
+    largest = int(group_sizes.max())
     if largest > global_batch_size:
         raise UserError(
             f"a KL group of the dataset artefact holds {largest} examples, a step only {global_batch_size}",
@@ -61,9 +61,9 @@ def plan_batches(
     num_epochs = int(np.ceil(num_train_epochs))
     while len(steps_of_epoch) < num_epochs or (max_steps and len(sizes) < max_steps):
         epoch = len(steps_of_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(group_offsets) - 1) if shuffle else np.arange(len(group_offsets) - 1)
-        examples.append(np.concatenate([by_group[group_offsets[g] : group_offsets[g + 1]] for g in order]))
-        epoch_sizes = _step_sizes(np.diff(group_offsets)[order], global_batch_size)
+        order = np.random.default_rng([seed, epoch]).permutation(len(group_sizes)) if shuffle else np.arange(len(group_sizes))
+        examples.append(by_group[_places_in_order(group_sizes, order)])
+        epoch_sizes = _step_sizes(group_sizes[order], global_batch_size)
         steps_of_epoch.append(len(epoch_sizes))
         sizes.extend(epoch_sizes)
 
@@ -72,6 +72,13 @@ def plan_batches(
     num_steps = max_steps or len(sizes) - unfinished
     step_offsets = np.concatenate([[0], np.cumsum(sizes[:num_steps])])
     return BatchPlan(examples=np.concatenate(examples)[: step_offsets[-1]], step_offsets=step_offsets, steps_of_epoch=tuple(steps_of_epoch))
+
+
+def _places_in_order(group_sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return where each example stands [E] among the examples group by group, when groups are taken in `order`."""
+    sizes = group_sizes[order]
+    moved_by = (np.cumsum(group_sizes) - group_sizes)[order] - (np.cumsum(sizes) - sizes)  # [groups], from the new place to the old
+    return np.arange(sizes.sum()) + np.repeat(moved_by, sizes)
 
 
 def _step_sizes(group_sizes: np.ndarray, global_batch_size: int) -> list[int]:

@@ -44,26 +44,24 @@ def make_units(
     max_tokens: int,
 ) -> list[Unit]:
     """Gather the pairs of each prompt into units of at most `max_tokens`; only prefix_shared puts several pairs into one."""
-    pairs_of: dict[int, list[int]] = {}
-    for pair in pairs.tolist():
-        pairs_of.setdefault(int(pair_prompts[pair]), []).append(pair)
+    members_of: dict[int, list[tuple[int, int]]] = {}  # prompt -> (pair, completion tokens)
+    for prompt, pair, length in zip(pair_prompts[pairs].tolist(), pairs.tolist(), pair_lengths[pairs].tolist()):
+        members_of.setdefault(prompt, []).append((pair, length))
 
     units = []
-    for prompt, members in pairs_of.items():
+    for prompt, members in members_of.items():
         prompt_length = int(prompt_lengths[prompt])
         chosen: list[int] = []
-        for pair in members:
-            if chosen and (layout != "prefix_shared" or prompt_length + int(pair_lengths[chosen].sum()) + int(pair_lengths[pair]) > max_tokens):
-                units.append(_unit(prompt, chosen, prompt_length, pair_lengths))
-                chosen = []
+        tokens = longest = prompt_length
+        for pair, length in members:
+            if chosen and (layout != "prefix_shared" or tokens + length > max_tokens):
+                units.append(Unit(prompt, tuple(chosen), tokens, longest))
+                chosen, tokens, longest = [], prompt_length, prompt_length
             chosen.append(pair)
-        units.append(_unit(prompt, chosen, prompt_length, pair_lengths))
+            tokens += length
+            longest = max(longest, prompt_length + length)
+        units.append(Unit(prompt, tuple(chosen), tokens, longest))
     return units
-
-
-def _unit(prompt: int, pairs: list[int], prompt_length: int, pair_lengths: np.ndarray) -> Unit:
-    lengths = pair_lengths[pairs]
-    return Unit(prompt, tuple(pairs), prompt_length + int(lengths.sum()), prompt_length + int(lengths.max()))
 
 
 def pack(units: Sequence[Unit], *, layout: Layout, max_tokens: int) -> list[MicroBatch]:
