@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -16,7 +16,8 @@ import xxhash
 from kto_ds.errors import UserError, excerpt
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of all artefacts; raised when a reader of today could not read them
+FORMAT = 2  # of all artefacts; raised when a reader of today could not read them
+RESUME = "resume.json"  # in an unfinished folder that can be gone on with: what it is the beginning of
 CHUNK_BYTES = 1 << 22
 
 
@@ -67,8 +68,9 @@ def describe_file(path: Path) -> dict:
 
 
 def describe_folder(folder: Path) -> dict[str, dict]:
-    """Return {relative name: size and digest} of every file below `folder`."""
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return {relative name: size and digest} of every file below `folder`, but what says how far the folder itself is."""
+    own = {folder / MANIFEST, folder / RESUME}
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path not in own}
 
 
 def seal(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
@@ -81,13 +83,33 @@ def incomplete_path(final: Path) -> Path:
 
 
 def move_into_place(staging: Path, final: Path) -> None:
-    """Rename a sealed folder to its final name; an older one is moved aside first and deleted last."""
-    old = final.with_name(f".{final.name}.old.{os.getpid()}")
+    """Rename a sealed folder to its final name; an older one is moved aside first and deleted last.
+
+    A kill between the two leaves none; `recover` puts the older one back before anything is read or written there.
+    """
+    recover(final)
+    old = _set_aside_path(final)
     if final.exists():
         final.rename(old)
     staging.rename(final)
     fsync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def recover(final: Path) -> None:
+    """Finish what a killed move_into_place began: the older folder comes back where the newer one did not arrive, and goes where it did."""
+    old = _set_aside_path(final)
+    if not old.exists():
+        return
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # another process was as quick, or this one may only read
+            old.rename(final)
 
 
 def fresh_folder(folder: Path) -> None:
@@ -126,13 +148,46 @@ def staged_folder(final: Path) -> Iterator[Path]:
         yield staging
         move_into_place(staging, final)
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to") from error
+        raise _unwritable(final, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _unwritable(final: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to")
+
+
+@contextlib.contextmanager
+def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
+    """Yield `<name>.incomplete` that is renamed to `final` when the block ends well, and stays for the next attempt when it does not.
+
+    What an attempt of the same `identity` (JSON values) left is there again; what another one left is gone. The block seals the folder.
+    """
+    staging = incomplete_path(final)
+    try:
+        if not can_resume(final, identity):
+            fresh_folder(staging)
+            write_atomically(staging / RESUME, _resume_text(identity))
+        yield staging
+        (staging / RESUME).unlink()
+        move_into_place(staging, final)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+
+
+def can_resume(final: Path, identity: dict) -> bool:
+    """Tell whether an attempt of this `identity` was cut short and can be gone on with."""
+    path = incomplete_path(final) / RESUME
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") == _resume_text(identity)
+
+
+def _resume_text(identity: dict) -> str:
+    return json.dumps({"format": FORMAT, "identity": identity}, sort_keys=True)
+
+
 def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
     """Return the manifest of a complete artefact of this `kind`, or say which command makes one."""
+    recover(folder)
     path = folder / MANIFEST
     if not path.is_file():
         state = "unfinished" if incomplete_path(folder).exists() else "missing"
@@ -173,13 +228,14 @@ def require_intact(folder: Path, manifest: dict, *, remedy: str) -> None:
         raise UserError(f"the artefact is damaged: {'; '.join(problems[:3])}", where=str(folder), remedy=remedy)
 
 
-def require_match(expected: dict, found: dict, *, where: str, remedy: str) -> None:
-    """Refuse when a field of `expected` has another value in `found`, naming every such field with both values."""
+def require_match(expected: dict, found: dict, *, where: str, remedy: str, besides: Sequence[str] = ()) -> None:
+    """Refuse when a field of `expected` has another value in `found`, naming every such field with both values; `besides` are further differences."""
     expected, found = _flatten(expected), _flatten(found)
     differing = [key for key in expected if found.get(key) != expected[key]]
-    if differing:
-        lines = [f"\n  {key}: this run has {excerpt(expected[key])}, the artefact has {excerpt(found.get(key))}" for key in differing]
-        raise UserError(f"does not belong to this run, {len(differing)} field{'s differ' if len(differing) > 1 else ' differs'}:{''.join(lines)}", where=where, remedy=remedy)
+    lines = [f"{key}: this run has {excerpt(expected[key])}, the artefact has {excerpt(found.get(key))}" for key in differing]
+    if lines := [*lines, *besides]:
+        count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
+        raise UserError("\n  ".join([f"does not belong to this run, {count}:", *lines]), where=where, remedy=remedy)
 
 
 def _flatten(fields: dict, prefix: str = "") -> dict:

@@ -13,18 +13,29 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from kto_ds.config import RunConfig, explain, nearest_key, read_yaml, write_yaml
+from kto_ds.config import RunConfig
+from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
 
 COMMANDS = {
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
+    "inspect": "what lies in the dataset artefact: examples, pairs, and how a step is packed",
     "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",
     "export": "newest checkpoint -> Hugging Face folder",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("prepare", "export", "demo")
+SINGLE_PROCESS = ("prepare", "inspect", "export", "demo")
+# Options of a command besides those of the config: name -> default, help.
+OWN_OPTIONS = {
+    "inspect": {
+        "split": ("train", "split of the dataset artefact"),
+        "num_rows": (5, "examples of each label that are shown"),
+        "step": (1, "optimizer step whose micro-batches are shown"),
+        "num_ranks": (1, "ranks that the step is shared out to"),
+    }
+}
 
 
 class _Settings(RunConfig, BaseSettings):
@@ -102,13 +113,13 @@ def _run(command: str, options: list[str]) -> None:
         arguments = parser.parse_args(options)
         _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
         return
-    config, print_only = read_config(command, options)
-    if print_only:
+    config, given = read_config(command, options)
+    if given.print_config:
         write_yaml(config, sys.stdout)
         return
     if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
-    _stage(command)(config)
+    _stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
 
 
 def _stage(command: str) -> Callable:
@@ -132,11 +143,13 @@ def _quiet_libraries() -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def read_config(command: str, options: list[str]) -> tuple[RunConfig, bool]:
-    """Return (resolved config, whether only to print it) from `--config RUN.yaml --section.key value ...`."""
+def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """Return (resolved config, the options that are not part of it) from `--config RUN.yaml --section.key value ...`."""
     parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, metavar="RUN.yaml", help="the run; options below override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
@@ -144,14 +157,15 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, bool]:
         settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
         config = RunConfig.model_validate(settings.model_dump())
     except ValidationError as error:
-        raise explain(error, where=_place(parsed.config, options)) from error
+        raise explain(error, where=_place(parsed.config, options, command)) from error
     except SettingsError as error:
         raise UserError(f"{error.__cause__ or error}", where="command line", remedy="write lists and sections as JSON: --data.train '[{\"path\": \"rows.jsonl\"}]'") from error
-    return config, parsed.print_config
+    return config, parsed
 
 
-def _place(config: Path, options: list[str]) -> str:
-    overrides = any(option.startswith("--") and option.split("=")[0] not in ("--config", "--print-config") for option in options)
+def _place(config: Path, options: list[str], command: str) -> str:
+    own = {"--config", "--print-config", *(f"--{name}" for name in OWN_OPTIONS.get(command, {}))}
+    overrides = any(option.startswith("--") and option.split("=")[0] not in own for option in options)
     return f"{config} and command line" if overrides else str(config)
 
 

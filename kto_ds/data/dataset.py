@@ -1,10 +1,11 @@
-"""The dataset artefact: tokenized examples and their mismatched partners, as flat arrays that are mapped, not loaded.
+"""The dataset artefact: tokenized examples and their mismatched partners, as flat arrays that are mapped, not loaded. assemble.py writes them.
 
 Legend: E examples, P distinct prompts. Example i is (prompt_of[i], completion i, desirable[i]). A *pair* is what the model scores:
 pair i < E is the matched pair of example i, pair E + i its mismatched one, the same completion after `mismatched_prompt_of[i]`.
 """
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +26,9 @@ class TokenizedSplit:
     mismatched_lengths: np.ndarray  # [E] int64, completion tokens that fit after the mismatched prompt
     desirable: np.ndarray  # [E] bool
     kl_group_of: np.ndarray  # [E] int64
-    row_names: np.ndarray  # [E] unicode, file and line of each example
+    file_of: np.ndarray  # [E] int32, index into `files`
+    row_of: np.ndarray  # [E] int64, line or row number in that file
+    files: tuple[str, ...]  # what stands before a row's number in its name: "rows.jsonl:" or "rows.parquet:row "
 
     @property
     def num_examples(self) -> int:
@@ -64,13 +67,14 @@ class TokenizedSplit:
         return digest_of(self.prompt(self.pair_prompts[pair]).tobytes(), self.completion(pair).tobytes())
 
     def row_name(self, example: int) -> str:
-        return str(self.row_names[example])
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for field in fields(self):
-            np.save(folder / f"{field.name}.npy", vars(self)[field.name], allow_pickle=False)
+        return f"{self.files[self.file_of[example]]}{self.row_of[example]}"
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSplit":
-        return cls(**{field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False) for field in fields(cls)})
+        """Map the arrays of a saved split; nothing but the list of files is copied into memory."""
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        return cls(**arrays, files=tuple(json.loads((folder / FILES).read_text(encoding="utf-8"))))
+
+
+FILES = "files.json"
+ARRAYS = tuple(name for name in TokenizedSplit.__annotations__ if name != "files")

@@ -1,136 +1,98 @@
-"""The one shape that every row is brought to, checked before anything is tokenized. SHAPES lists the rows that are read."""
+"""The one form that every row is brought to, checked before anything is tokenized. Which rows are read: shapes.py; what their fields say: examples.py."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kto_ds.data.examples import Example, read_examples
+from kto_ds.data.messages import SYSTEM_ROLES, Messages, has_content, text_message, to_template_kwargs, to_tools
+from kto_ds.data.shapes import Row, RowRules, by_our_names, fitting, shape_of, text_of
 from kto_ds.errors import UserError, excerpt
-
-Messages = list[dict]
-
-SHAPES = {
-    "prompt, completion and label": {"prompt", "completion", "label"},
-    "chosen and rejected, with a prompt or with a common start": {"chosen", "rejected"},
-    "messages and label": {"messages", "label"},
-}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example. Prompt and completion are both plain text, or both messages with at least role and content."""
+    """One example. Prompt and completion are both plain text, or both messages; only messages have tools and options of the chat template."""
 
     prompt: str | Messages
     completion: str | Messages
     desirable: bool
     where: str
+    tools: list[dict] | None = None
+    template_kwargs: dict | None = None
 
 
-def to_records(row: dict, where: str) -> list[Record]:
-    """Return the one record of a labelled row, or the two of a paired row, the desirable one first."""
-    fields = _shape_of(row, where)
-    if "chosen" in fields:
-        prompt, chosen, rejected = _split_pair(row, where)
-        desirable = _record(prompt=prompt, completion=chosen, field="chosen", desirable=True, where=where)
-        return [desirable, _record(prompt=prompt, completion=rejected, field="rejected", desirable=False, where=where)]
-    label = _label(row, where)
-    if "messages" in fields:
-        prompt, completion = _split_last_turn(row, where)
-        return [_record(prompt=prompt, completion=completion, field="messages", desirable=label, where=where)]
-    prompt, completion = _content(row, "prompt", where), _content(row, "completion", where)
-    return [_record(prompt=prompt, completion=completion, field="completion", desirable=label, where=where)]
+def to_records(row: dict, where: str, rules: RowRules = RowRules()) -> list[Record]:
+    """Return the one record of a labelled row, the two of a pair, the desirable one first, or one for every rated turn.
+
+    Raises UserError with the place `where`, the field, what was found and what to do. `row` is left as it is.
+    """
+    try:
+        fields = by_our_names(row, where, rules)
+        examples = read_examples(fields, shape_of(fields))
+        system, tools, template_kwargs = _template_fields(fields)
+        return [_record(example, fields, system=system, tools=tools, template_kwargs=template_kwargs) for example in examples]
+    except RecursionError as error:
+        raise UserError(f"nested too deeply, in one of the fields {excerpt(list(row))}", where=where, remedy="mend or remove the row") from error
 
 
-def common_length(left: Sequence, right: Sequence) -> int:
-    """Return how many leading elements two sequences share."""
-    differing = (index for index, (one, other) in enumerate(zip(left, right)) if one != other)
-    return next(differing, min(len(left), len(right)))
+def unused_fields(row: dict, rules: RowRules = RowRules()) -> set[str]:
+    """Return the columns of `row` that have a value which no record comes from; none for a row of no known shape."""
+    fields = by_our_names(row, "", rules)
+    fits = fitting(frozenset(fields.values))
+    if len(fits) != 1:
+        return set()
+    used = {column for ours, column in fields.columns.items() if ours in fits[0].needs or ours in fits[0].may_have}
+    return {str(column) for column, value in row.items() if value is not None and column not in used}
 
 
-def _shape_of(row: dict, where: str) -> set[str]:
-    # Tables fill the cells that a row does not have with null.
-    present = {field for field, value in row.items() if value is not None}
-    fits = [shape for shape, fields in SHAPES.items() if fields <= present]
-    if not fits:  # a row that lacks nothing but its label is told so
-        fits = [shape for shape, fields in SHAPES.items() if fields - {"label"} <= present]
-    if not fits:
-        empty = sorted(row.keys() - present)
-        found = f"found {excerpt(list(row))}" + (f", of which {excerpt(empty)} null" if empty else "")
-        raise UserError(f"fields of no known shape: {found}", where=where, remedy=f"give {'; or '.join(SHAPES)}")
-    if len(fits) > 1:
-        raise UserError(f"fields of more than one shape: {'; '.join(fits)}", where=where, remedy="keep the fields of one shape")
-    return SHAPES[fits[0]]
+def _template_fields(row: Row) -> tuple[str, list[dict] | None, dict | None]:
+    values = row.values
+    tools = to_tools(values["tools"], row.name("tools"), row.where) if "tools" in values else None
+    name = "chat_template_kwargs"
+    template_kwargs = to_template_kwargs(values[name], row.name(name), row.where) if name in values else None
+    return text_of(row, "system"), tools, template_kwargs
 
 
-def _label(row: dict, where: str) -> bool:
-    label = row.get("label")
-    if isinstance(label, bool):
-        return label
-    found = f"found {excerpt(label)}" if "label" in row else "the field is missing"
-    raise UserError(f"label: expected true or false, {found}", where=where, remedy="true marks a desirable completion, false an undesirable one")
-
-
-def _content(row: dict, field: str, where: str) -> str | Messages:
-    value = row[field]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return [_message(message, f"{field}[{index}]", where) for index, message in enumerate(value)]
-    raise UserError(f"{field}: expected text or a list of messages, found {excerpt(value)}", where=where)
-
-
-def _message(message: object, name: str, where: str) -> dict:
-    if not isinstance(message, dict):
-        raise UserError(f"{name}: expected a message with role and content, found {excerpt(message)}", where=where)
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise UserError(f"{name}: expected {key} to be text, found {excerpt(message)}", where=where)
-    # Chat templates may read more than role and content; null is how tables write a key that is not there.
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _split_last_turn(row: dict, where: str) -> tuple[Messages, Messages]:
-    messages = _content(row, "messages", where)
-    if not isinstance(messages, list):
-        raise UserError(f"messages: expected a list of messages, found {excerpt(messages)}", where=where)
-    return messages[:-1], messages[-1:]
-
-
-def _split_pair(row: dict, where: str) -> tuple[str | Messages, str | Messages, str | Messages]:
-    chosen, rejected = _content(row, "chosen", where), _content(row, "rejected", where)
-    if type(chosen) is not type(rejected):
-        raise UserError(f"chosen and rejected: expected both as text or both as messages, found rejected {excerpt(rejected)}", where=where)
-    prompt = None if row.get("prompt") is None else _content(row, "prompt", where)
-    # UltraFeedback repeats as plain text the prompt that its conversations start with.
-    is_repeated = isinstance(prompt, str) and isinstance(chosen, list)
-    if prompt is not None and not is_repeated:
-        return prompt, _without_prompt(chosen, prompt=prompt), _without_prompt(rejected, prompt=prompt)
-    length = common_length(chosen, rejected)
-    if chosen[length - 1 : length] == " ":
-        length -= 1  # most vocabularies join a space to the word after it
-    if not 0 < length < min(len(chosen), len(rejected)):
-        what = "without a prompt of the same kind they must start alike and then differ"
-        raise UserError(f"chosen and rejected: {what}, found {excerpt(chosen)} and {excerpt(rejected)}", where=where)
-    if is_repeated and prompt not in [message["content"] for message in chosen[:length]]:
-        raise UserError(f"prompt: not a message that both chosen and rejected start with, found {excerpt(prompt)}", where=where)
-    return chosen[:length], chosen[length:], rejected[length:]
-
-
-def _without_prompt(whole: str | Messages, *, prompt: str | Messages) -> str | Messages:
-    repeats_prompt = isinstance(whole, list) and whole[: len(prompt)] == prompt
-    return whole[len(prompt) :] if repeats_prompt else whole
-
-
-def _record(*, prompt: str | Messages, completion: str | Messages, field: str, desirable: bool, where: str) -> Record:
-    if type(prompt) is not type(completion):
-        raise UserError(f"prompt and {field}: expected both as text or both as messages, found prompt {excerpt(prompt)}", where=where)
-    if not _plain(prompt).strip():
-        raise UserError(f"prompt: empty, found {excerpt(prompt)}", where=where, remedy="give every completion a prompt")
-    for message in completion if isinstance(completion, list) else []:
+def _record(example: Example, row: Row, *, system: str, tools: list[dict] | None, template_kwargs: dict | None) -> Record:
+    prompt, completion, desirable, name = example
+    if isinstance(prompt, str) is not isinstance(completion, str):
+        what = f"{_prompt_name(row, name)} and {name}: expected both as text or both as messages, found prompt {excerpt(prompt)}"
+        raise UserError(what, where=row.where, remedy="write both in the same form")
+    if isinstance(prompt, str):
+        _refuse_with_text(row, system=system, tools=tools, chat_template_kwargs=template_kwargs)
+        is_asked, is_answered = bool(prompt.strip()), bool(completion.strip())
+    else:
+        prompt = _with_system(prompt, system, row)
+        is_asked = any(has_content(message) for message in prompt if message["role"] not in SYSTEM_ROLES)
+        is_answered = any(map(has_content, completion))
+    if not is_asked:
+        is_system = isinstance(prompt, list) and any(map(has_content, prompt))
+        what = f"{_prompt_name(row, name)}: the prompt is {'nothing but a system message' if is_system else 'empty'}, found {excerpt(prompt)}"
+        raise UserError(what, where=row.where, remedy="give every completion a prompt: text, or a message besides those of the system")
+    for message in completion if isinstance(completion, list) else ():
         if message["role"] != "assistant":
-            raise UserError(f"{field}: expected an assistant turn as the completion, found {excerpt(message)}", where=where)
-    if not _plain(completion).strip():
-        raise UserError(f"{field}: the completion is empty, found {excerpt(completion)}", where=where, remedy="mend or remove the row")
-    return Record(prompt=prompt, completion=completion, desirable=desirable, where=where)
+            what = f"{name}: expected an assistant turn as the completion, found {excerpt(message)}"
+            raise UserError(what, where=row.where, remedy="end the conversation with an assistant turn, and put all that comes before it into the prompt")
+    if not is_answered:
+        raise UserError(f"{name}: the completion is empty, found {excerpt(completion)}", where=row.where, remedy="mend or remove the row")
+    return Record(prompt, completion, desirable, row.where, tools, template_kwargs)
 
 
-def _plain(content: str | Messages) -> str:
-    return content if isinstance(content, str) else "".join(message["content"] for message in content)
+def _prompt_name(row: Row, name: str) -> str:
+    """Return the field that the prompt comes from, the completion's where both share one."""
+    return next((row.name(field) for field in ("prompt", "messages", "instruction") if field in row.values), name)
+
+
+def _refuse_with_text(row: Row, **fields: object) -> None:
+    for field, value in fields.items():
+        if value:
+            what = f"{row.name(field)}: only rows of messages have it, found {excerpt(value)} with plain text"
+            raise UserError(what, where=row.where, remedy=f"write prompt and completion as messages, or remove {field}")
+
+
+def _with_system(prompt: Messages, system: str, row: Row) -> Messages:
+    if not system:
+        return prompt
+    if prompt and prompt[0]["role"] in SYSTEM_ROLES:
+        what = f"{row.name('system')}: the messages begin with a {prompt[0]['role']} message already, found {excerpt(system)}"
+        raise UserError(what, where=row.where, remedy="keep one of the two")
+    return [text_message("system", system), *prompt]

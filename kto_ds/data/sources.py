@@ -1,63 +1,146 @@
-"""Rows as they lie in a file, a saved dataset or the hub, each with the place it came from. What their fields mean: records.py."""
+"""Rows as they lie in files, a saved dataset or the hub, cut into blocks that are parsed elsewhere. What their fields mean: records.py."""
 
-import csv
-import json
+import glob
+import io
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
-import pyarrow.parquet
+import pyarrow
 
+from kto_ds.data.arrow_rows import TableBlock, read_arrow_blocks, read_parquet_blocks, read_table_blocks
+from kto_ds.data.blocks import MAX_BLOCK_ROWS
+from kto_ds.data.csv_rows import CsvBlock, read_csv_blocks
+from kto_ds.data.json_rows import JsonBlock, read_json_blocks
 from kto_ds.errors import UserError, excerpt
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-ARRAY_START = re.compile(r"\s*\[\s*(\])?")
-ARRAY_NEXT = re.compile(r"\s*([,\]])\s*")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5": ".zst"}
+TEXT_KINDS = (".json", ".jsonl", ".csv")
+KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(kind + compression for kind in TEXT_KINDS for compression in COMPRESSIONS))
+SAVED_MARKS = ("dataset_dict.json", "state.json")
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+|\w[\w-]*")
-CSV_LABELS = {"true": True, "True": True, "false": False, "False": False}
-PLACES = "give a JSON, JSONL, Parquet or CSV file, a folder saved by datasets, or a hub name with one of its splits"
+# No hub dataset is named so: what ends like this is a file that is not there.
+FILE_NAME = re.compile(r".*\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zst|bz2|xz|zip)", re.IGNORECASE)
+PLACES = "give a JSON, JSONL, CSV, Parquet or Arrow file, a glob of such files, a folder saved by datasets, or a hub name with one of its splits"
+DAMAGED = "see whether the file is whole and of the kind that its name says; copy or download it again"
+
+Block = JsonBlock | CsvBlock | TableBlock
 
 
-def read_rows(path: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every row of `path`; `where` is path:line where a row has a line, else path:row N, both from 1."""
-    where = None
+def list_files(path: str, split: str | None) -> list[str]:
+    """Return the files that a glob finds, sorted. A plain file, a folder and a hub name give themselves.
+
+    Raises UserError where nothing is found, or something that cannot be read as rows.
+    """
+    files = [path]
+    if not os.path.lexists(path) and glob.has_magic(path):
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        if not files:
+            raise UserError("no file fits this pattern", where=path, remedy=f"check the pattern; it is looked up from {excerpt(os.getcwd())}")
+    for file in files:
+        _require_source(file, split)
+    return files
+
+
+def read_blocks(path: str, split: str | None, *, label_field: str = "label") -> Iterator[Block]:
+    """Yield the rows of one file or dataset in blocks of at most 1,000 rows and 4 MiB, the same ones at each reading.
+
+    `label_field` is the column of a CSV file whose cells true and false are read as booleans. Rows that cannot be used come out of Block.rows;
+    UserError is raised for what no single row can be blamed for: nothing there, a damaged file, no rows.
+    """
+    _require_source(path, split)
+    num_rows = 0
     try:
-        for where, row in _open_source(path, split):
-            yield where, row
+        for block in _open_source(path, split, label_field):
+            yield block
+            num_rows += block.num_rows
     except UserError:
         raise
     except Exception as error:
         # On a damaged source the libraries let nearly anything out (KeyError, ArrowInvalid, httpx errors), and document none of it.
-        place = f"cannot be read after {where}" if where else "cannot be read"
-        raise UserError(f"{place}: {type(error).__name__}: {excerpt(str(error), limit=400)}", where=path, remedy=PLACES) from error
-    if where is None:
+        place = f"cannot be read after {num_rows} rows" if num_rows else "cannot be read"
+        remedy = DAMAGED if os.path.isfile(path) else PLACES
+        raise UserError(f"{place}: {type(error).__name__}: {excerpt(str(error), limit=400)}", where=path, remedy=remedy) from error
+    if num_rows == 0:
         raise UserError("no rows", where=path, remedy="give a source with at least one row")
 
 
-def _open_source(path: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    reader = FILE_READERS.get(Path(path).suffix.lower())
+def _kind(path: str) -> tuple[str, str | None]:
+    """Return the suffix that tells how rows are written, and the compression: rows.jsonl.gz gives (".jsonl", "gzip")."""
+    name = Path(path.lower())
+    compression = COMPRESSIONS.get(name.suffix)
+    return (Path(name.stem).suffix if compression else name.suffix), compression
+
+
+def _require_source(path: str, split: str | None) -> None:
     if os.path.isfile(path):
-        if reader is None:
-            raise UserError("unknown kind of file", where=path, remedy=f"use one of {', '.join(FILE_READERS)}")
+        kind, compression = _kind(path)
+        if kind + (Path(path.lower()).suffix if compression else "") not in KINDS:
+            raise UserError("unknown kind of file", where=path, remedy=f"use one of {', '.join(KINDS)}")
         if split is not None:
             raise UserError(f"split {excerpt(split)} is asked for, but a file has no splits", where=path, remedy="remove split")
-        return reader(Path(path))
-    # A mistyped file name must not cost a search of the hub.
-    if not os.path.isdir(path) and (reader or not HUB_NAME.fullmatch(path)):
+    elif os.path.isdir(path):
+        _require_saved_dataset(path)
+    elif FILE_NAME.fullmatch(path) or not HUB_NAME.fullmatch(path):  # a mistyped file name must not cost a search of the hub
         raise UserError("no such file or folder", where=path, remedy=f"check the path; it is looked up from {excerpt(os.getcwd())}")
-    return _numbered(path, _load_dataset(path, split))
 
 
-def _numbered(path: str | Path, rows: Iterable) -> Iterator[tuple[str, object]]:
-    return ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
+def _require_saved_dataset(path: str) -> None:
+    if any(os.path.isfile(os.path.join(path, name)) for name in SAVED_MARKS):
+        return
+    # Two levels, as a copy of a hub dataset has them: the path may be the root of a disk by mistake.
+    files = [file for pattern in ("*", "*/*") for file in sorted(Path(path).glob(pattern)) if file.name.lower().endswith(KINDS) and file.is_file()]
+    if not files:
+        raise UserError("this folder holds neither a saved dataset nor data files", where=path, remedy=PLACES)
+    kind = next(kind for kind in sorted(KINDS, key=len, reverse=True) if files[0].name.lower().endswith(kind))
+    pattern = files[0].parent / f"*{files[0].name[-len(kind) :]}"
+    raise UserError("this folder was not saved by datasets", where=path, remedy=f"for the data files in it give a glob such as {excerpt(str(pattern), limit=400)}")
+
+
+def _open_source(path: str, split: str | None, label_field: str) -> Iterator[Block]:
+    if not os.path.isfile(path):
+        return _dataset_blocks(path, split)
+    kind, _ = _kind(path)
+    if kind in TEXT_KINDS:
+        _require_readable_text(path)
+    if kind == ".csv":
+        return read_csv_blocks(_open_bytes(path), path, label_field)
+    if kind in TEXT_KINDS:
+        return read_json_blocks(lambda: _open_bytes(path), path)
+    return read_parquet_blocks(path) if kind == ".parquet" else read_arrow_blocks(path)
+
+
+def _open_bytes(path: str) -> BinaryIO:
+    _, compression = _kind(path)
+    if compression is None:
+        return open(path, "rb", buffering=2**20)
+    return io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20)
+
+
+def _require_readable_text(path: str) -> None:
+    with _open_bytes(path) as stream:
+        start = stream.read(4)
+    # Without a byte order mark, text that starts with ASCII has every other byte empty.
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0\0" in (start[::2], start[1::2]):
+        raise UserError("looks like UTF-16", where=path, remedy="save the file as UTF-8")
+    if start[:2] in MAGIC:
+        suffix = MAGIC[start[:2]]
+        raise UserError("is compressed, but its name does not say so", where=path, remedy=f"name it {excerpt(Path(path).name + suffix)}, or uncompress it")
+
+
+def _dataset_blocks(path: str, split: str | None) -> Iterator[Block]:
+    dataset = _load_dataset(path, split)
+    tables = dataset.with_format("arrow").iter(batch_size=MAX_BLOCK_ROWS)
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    return read_table_blocks(path, dataset.features.arrow_schema, batches)
 
 
 def _load_dataset(path: str, split: str | None) -> datasets.Dataset:
-    is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
-    if not is_saved:
+    if not os.path.isdir(path):
         return datasets.load_dataset(path, split=split or "train")
     saved = datasets.load_from_disk(path)
     if isinstance(saved, datasets.Dataset):
@@ -68,113 +151,3 @@ def _load_dataset(path: str, split: str | None) -> datasets.Dataset:
     if chosen not in saved:
         raise UserError(f"no split {excerpt(chosen)}", where=path, remedy=f"set split to one of {', '.join(map(ascii, saved))}")
     return saved[chosen]
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as stream:
-        first = next((line for line in stream if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
-        stream.seek(0)
-        # The suffix does not tell: .json files with one object a line are as common as .jsonl files with an array.
-        is_array = first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-        yield from _array_rows(path, stream.read()) if is_array else _line_rows(path, stream)
-
-
-def _line_rows(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
-    for line, content in enumerate(lines, start=1):
-        text = _decode(content, path, line).strip()
-        if not text:
-            continue
-        row, end = _parse_object(text, 0, path, line)
-        if end < len(text):
-            raise _not_json(f"found {excerpt(text[end:], limit=40)} after the object", path, line)
-        yield f"{path}:{line}", row
-
-
-def _array_rows(path: Path, content: bytes) -> Iterator[tuple[str, dict]]:
-    text = _decode(content, path, line=1)
-    line, counted, mark = 1, 0, ARRAY_START.match(text)
-    while mark[1] != "]":
-        start = mark.end()
-        line, counted = line + text.count("\n", counted, start), start
-        row, end = _parse_object(text, start, path, line)
-        yield f"{path}:{line}", row
-        mark = ARRAY_NEXT.match(text, end)
-        if mark is None:
-            raise _not_json(f"expected , or ] after this object, found {excerpt(text[end : end + 40])}", path, line)
-    if tail := text[mark.end() :].strip():
-        raise _not_json(f"found {excerpt(tail, limit=40)} after the array", path, line)
-
-
-def _decode(content: bytes, path: Path, line: int) -> str:
-    try:
-        return content.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        raise UserError(f"not valid UTF-8: byte {error.object[error.start]:#04x}", where=f"{path}:{line}", remedy="save the file as UTF-8") from error
-
-
-def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    row = {}
-    for name, value in pairs:
-        if name in row:
-            raise ValueError(f"field {excerpt(name)} occurs twice in one object")
-        row[name] = value
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant)
-
-
-def _parse_object(text: str, start: int, path: Path, line: int) -> tuple[dict, int]:
-    try:
-        row, end = STRICT_JSON.raw_decode(text, start)
-        if "\\u" in text[start:end]:
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8 and would fail in the tokenizer
-    except json.JSONDecodeError as error:
-        line += text.count("\n", start, error.pos)
-        raise _not_json(f"{error.msg} at column {error.colno}, found {excerpt(text[error.pos : error.pos + 40])}", path, line) from error
-    except (ValueError, RecursionError) as error:
-        raise _not_json(str(error), path, line) from error
-    if not isinstance(row, dict):
-        raise UserError(f"expected an object with fields, found {excerpt(row)}", where=f"{path}:{line}")
-    return row, end
-
-
-def _not_json(what: str, path: Path, line: int) -> UserError:
-    return UserError(f"not valid JSON: {what}", where=f"{path}:{line}", remedy="write one object a line, or one array of objects")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with pyarrow.parquet.ParquetFile(path) as table:
-        _refuse_repeats(table.schema_arrow.names, path)
-        # datasets stores values of mixed type as JSON text and says so in the schema.
-        features = datasets.Features.from_arrow_schema(table.schema_arrow)
-        rows = (features.decode_example(row) for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
-        yield from _numbered(path, rows)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses a completion over 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        lines = filter(None, csv.reader(stream, strict=True))
-        names = next(lines, [])
-        _refuse_repeats(names, path)
-        for where, cells in _numbered(path, lines):
-            if len(cells) != len(names):
-                raise UserError(f"expected {len(names)} cells as in the header, found {len(cells)}: {excerpt(cells)}", where=where)
-            row = {name: cell or None for name, cell in zip(names, cells)}
-            if "label" in row:  # only here: a completion may well be the word "true"
-                row["label"] = CSV_LABELS.get(row["label"], row["label"])
-            yield where, row
-
-
-def _refuse_repeats(names: list[str], path: Path) -> None:
-    if len(set(names)) < len(names):
-        raise UserError(f"a column name occurs twice: {excerpt(names)}", where=str(path))
-
-
-FILE_READERS = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kto_ds.artifacts import folder_digest
 from kto_ds.config import ModelConfig
-from kto_ds.errors import UserError
+from kto_ds.errors import UserError, excerpt
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Layer kinds that packed attention serves; every other kind keeps a state that would run across sequences.
@@ -27,10 +27,12 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def read_model_config(model: ModelConfig, *, where: str = "model.path") -> PretrainedConfig:
     """Return the config of a causal language model that kto_ds can train, or a UserError that says why not."""
+    _refuse_missing_folder(model.path, where)
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, HFValidationError) as error:
-        raise UserError(f"no usable model config at {model.path}: {str(error).splitlines()[0]}", where=where, remedy="give a folder with config.json, or a hub name") from error
+        remedy = "give a folder with config.json, or a hub name" + ("" if Path(model.path).exists() else "; there is no such folder here, so it was looked for on the hub")
+        raise UserError(f"no usable model config at {excerpt(model.path)}: {excerpt(str(error).splitlines()[0])}", where=where, remedy=remedy) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:
         raise UserError(f"{config.model_type} is not a causal language model of transformers", where=where)
     entries = config.to_dict()
@@ -40,6 +42,13 @@ def read_model_config(model: ModelConfig, *, where: str = "model.path") -> Pretr
     if changed := [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]:
         raise UserError(f"{config.model_type} changes its logits by {changed[0]} = {getattr(config, changed[0])}, which is not served yet", where=where)
     return config
+
+
+def _refuse_missing_folder(path: str, where: str) -> None:
+    # Whatever cannot be a name of the hub must not cost a search there, and a message about the connection.
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        what = f"it is a file, not a folder: {excerpt(path)}" if Path(path).is_file() else f"no such folder: {excerpt(path)}"
+        raise UserError(what, where=where, remedy=f"check the path; it is looked up from {excerpt(str(Path.cwd()))}")
 
 
 def longest_servable(config: PretrainedConfig) -> int | None:

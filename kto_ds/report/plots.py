@@ -1,6 +1,7 @@
 """One picture of a run, from its metrics.jsonl."""
 
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -11,6 +12,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 from kto_ds.report.sinks import read_records
 
 BLUE, RED, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#718096"
+# Colour and marker of each evaluation split, so that it can be told without colour too.
+SPLIT_STYLES = ((RED, "o"), ("#6b46c1", "s"), (GREEN, "^"), ("#b7791f", "D"), ("#b83280", "v"), ("#2c7a7b", "P"))
+
+Splits = dict[str, list[dict]]  # records of each evaluation split by name
 STYLE = {
     "font.size": 9,
     **{"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"},
@@ -33,7 +38,11 @@ def points(records: list[dict], *metrics: str) -> list[tuple]:
 def plot_metrics(metrics_file: Path, out_png: Path) -> None:
     """Draw what `metrics_file` holds; a metric that was not logged is left out."""
     records = read_records(metrics_file)
-    train, evals = ([record for record in records if record["split"] == split] for split in ("train", "eval"))
+    train = [record for record in records if record["split"] == "train"]
+    evals: Splits = {}
+    for record in records:
+        if record["split"] != "train":
+            evals.setdefault(record["split"], []).append(record)
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7), layout="constrained")  # not pyplot: nothing global, no window
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -45,12 +54,13 @@ def plot_metrics(metrics_file: Path, out_png: Path) -> None:
         figure.savefig(out_png, dpi=130)
 
 
-def _train_and_eval(axis: Axes, train: list[dict], evals: list[dict], metric: str) -> None:
+def _train_and_eval(axis: Axes, train: list[dict], evals: Splits, metric: str) -> None:
     _line(axis, train, metric, BLUE, "train")
-    _dots(axis, evals, metric, RED, "eval")
+    for (name, records), (color, marker) in zip(evals.items(), cycle(SPLIT_STYLES)):
+        _dots(axis, records, metric, color, marker, name)
 
 
-def _draw_kl(axis: Axes, train: list[dict], evals: list[dict]) -> None:
+def _draw_kl(axis: Axes, train: list[dict], evals: Splits) -> None:
     # The error belongs to the mean before the clamp; z itself has none where it is held at 0.
     if found := points(train, "kl_raw", "kl_stderr"):
         steps, raw, stderr = found
@@ -60,15 +70,18 @@ def _draw_kl(axis: Axes, train: list[dict], evals: list[dict]) -> None:
     _train_and_eval(axis, train, evals, "kl")
 
 
-def _draw_rewards(axis: Axes, train: list[dict], evals: list[dict]) -> None:
-    for name, color in (("chosen", GREEN), ("rejected", RED)):
-        _line(axis, train, f"rewards/{name}", color, name)
-        _dots(axis, evals, f"rewards/{name}", color, label=None)
-    if points(evals, "rewards/chosen"):
-        axis.plot([], [], "o", color=GREY, markersize=5, label="eval")
+def _draw_rewards(axis: Axes, train: list[dict], evals: Splits) -> None:
+    sides = {"chosen": GREEN, "rejected": RED}
+    for side, color in sides.items():
+        _line(axis, train, f"rewards/{side}", color, side)
+    for (name, records), (_, marker) in zip(evals.items(), cycle(SPLIT_STYLES)):
+        for side, color in sides.items():
+            _dots(axis, records, f"rewards/{side}", color, marker, label=None)
+        if any(points(records, f"rewards/{side}") for side in sides):
+            axis.plot([], [], marker, color=GREY, markersize=5, label=name)
 
 
-def _draw_gradient(axis: Axes, train: list[dict], evals: list[dict]) -> None:
+def _draw_gradient(axis: Axes, train: list[dict], evals: Splits) -> None:
     _line(axis, train, "grad_norm", BLUE, "gradient norm, before clipping")
     _from_zero(axis, headroom=1.25)
     if not points(train, "learning_rate"):
@@ -81,7 +94,7 @@ def _draw_gradient(axis: Axes, train: list[dict], evals: list[dict]) -> None:
     axis.plot([], [], color=GREY, linestyle="--", label="learning rate (right)")  # one legend for both axes
 
 
-def _draw_speed(axis: Axes, train: list[dict], evals: list[dict]) -> None:
+def _draw_speed(axis: Axes, train: list[dict], evals: Splits) -> None:
     _line(axis, train, "tokens_per_second", BLUE, "train")
     _from_zero(axis, headroom=1.1)
     axis.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -102,9 +115,9 @@ def _line(axis: Axes, records: list[dict], metric: str, color: str, label: str, 
         axis.plot(*found, color=color, linestyle=linestyle, label=label, marker="." if len(found[0]) < MARKED_BELOW_POINTS else "")
 
 
-def _dots(axis: Axes, records: list[dict], metric: str, color: str, label: str | None) -> None:
+def _dots(axis: Axes, records: list[dict], metric: str, color: str, marker: str, label: str | None) -> None:
     if found := points(records, metric):
-        axis.plot(*found, color=color, linestyle="", marker="o", markersize=6, markeredgecolor="white", label=label, zorder=3)
+        axis.plot(*found, color=color, linestyle="", marker=marker, markersize=7, markeredgecolor="white", label=label, zorder=3)
 
 
 def _from_zero(axis: Axes, headroom: float) -> None:

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl is the record, the console and wandb are views of it.
 
-A record is a flat mapping with "split" ("train" or "eval"), "step" and metrics. Rank 0 calls `open_sinks`; the other ranks hold `Sinks([])`.
+A record is a flat mapping with "split" ("train", or the name of an evaluation split), "step" and metrics. Rank 0 calls `open_sinks`; the other ranks hold `Sinks([])`.
 """
 
 import json

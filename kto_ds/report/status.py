@@ -1,7 +1,8 @@
 """status.json: the truth about a run, whatever the launcher's exit code says."""
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,17 +10,23 @@ from kto_ds.artifacts import write_atomically
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError
 
 
-class RunStatus:
-    """Keeps {"state", "step", "exit_code", "reason"} of a run on disk; only rank 0 writes."""
+LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
 
-    def __init__(self, path: Path, *, is_main: bool):
-        self._path, self._is_main, self._step = path, is_main, 0
+
+class RunStatus:
+    """Keeps {"state", "step", "exit_code", "reason"} of a run on disk; only rank 0 writes. A step may be some seconds old while the run goes on."""
+
+    def __init__(self, path: Path, *, is_main: bool, clock: Callable[[], float] = time.monotonic):
+        self._path, self._is_main, self._clock = path, is_main, clock
+        self._step, self._state, self._written_at = 0, "", 0.0
 
     def running(self, step: int) -> None:
         self._step = step
-        self._write("running", None, "")
+        if self._state != "running" or self._clock() - self._written_at >= LEAST_SECONDS:
+            self._write("running", None, "")
 
     def _write(self, state: str, exit_code: int | None, reason: str) -> None:
+        self._state, self._written_at = state, self._clock()
         if self._is_main:
             write_atomically(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": reason}))
 

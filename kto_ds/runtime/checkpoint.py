@@ -35,10 +35,10 @@ class Checkpoint(NamedTuple):
         return self.manifest["step"]
 
 
-def save_checkpoint(engine: Engine, root: Path, *, step: int, record: dict, save_total_limit: int, world: World) -> Path:
-    """Write the state after `step` and return its folder. All ranks call this; an error on one is raised on all.
+def save_checkpoint(engine: Engine, root: Path, *, step: int, record: dict, save_total_limit: int, world: World) -> None:
+    """Write the state after `step`. All ranks call this; `record` goes into the manifest: what a resume compares and what it needs to know.
 
-    `record` goes into the manifest: what a resume compares and what it needs to know.
+    KtoError when it cannot be written: on the rank that meets it while DeepSpeed writes, and the launcher ends the others; on all ranks from there on.
     """
     final, staging = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
     on_main_rank(lambda: fresh_folder(staging))
@@ -63,7 +63,6 @@ def save_checkpoint(engine: Engine, root: Path, *, step: int, record: dict, save
         _retain(root, save_total_limit)
 
     on_main_rank(finish)
-    return final
 
 
 def _together(action: Callable, final: Path) -> list:
@@ -134,13 +133,17 @@ def newest_verified(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(engine: Engine, checkpoint: Checkpoint, world: World) -> None:
-    """Put weights, optimizer and scheduler back as they were after the checkpoint's step."""
+def require_same_ranks(checkpoint: Checkpoint, *, num_ranks: int, zero_stage: int) -> None:
+    """Refuse a checkpoint of another number of ranks or ZeRO stage: its files are cut otherwise."""
     saved = {"world size": checkpoint.manifest["world_size"], "ZeRO stage": checkpoint.manifest["zero_stage"]}
-    now = {"world size": world.num_ranks, "ZeRO stage": engine.stage}
+    now = {"world size": num_ranks, "ZeRO stage": zero_stage}
     if saved != now:
         differing = ", ".join(f"{key} {saved[key]}, now {now[key]}" for key in saved if saved[key] != now[key])
         raise UserError(f"saved with {differing}", where=str(checkpoint.folder), remedy="start with the same number of ranks and the same DeepSpeed config")
+
+
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Put weights, optimizer and scheduler back as they were after the checkpoint's step."""
     loaded, client_state = engine.deepspeed.load_checkpoint(str(checkpoint.folder), tag=TAG)
     assert loaded is not None and client_state["kto_ds"]["step"] == checkpoint.step, f"{checkpoint.folder} did not load"
 

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kto_ds.demo import base_model, task
 from kto_ds.errors import KtoError, UserError
 from kto_ds.report.sinks import METRICS_FILE, read_records
+from kto_ds.runtime.collectives import free_port
 
 SEED = 0
 CONFIG_FILE = "demo.yaml"
@@ -132,7 +132,7 @@ def _run_single(command: str, config: Path) -> None:
 def _run_ranks(command: str, config: Path, num_ranks: int) -> None:
     if torch.cuda.is_available():
         num_ranks = min(num_ranks, torch.cuda.device_count())
-    arguments = ["--num_gpus", str(num_ranks), "--master_port", str(_free_port()), "--module", "kto_ds", command, "--config", str(config)]
+    arguments = ["--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "kto_ds", command, "--config", str(config)]
     _run(["deepspeed", *arguments], ["deepspeed.launcher.runner", *arguments])
 
 
@@ -145,12 +145,6 @@ def _run(typed: list[str], module: list[str]) -> None:
     exit_code = subprocess.run([sys.executable, "-m", *module], env=environment, check=False).returncode
     if exit_code:
         raise CommandFailed(shlex.join(typed), exit_code if exit_code > 0 else 128 - exit_code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _require_completed(output_dir: Path) -> None:

@@ -3,40 +3,52 @@
 import json
 
 from kto_ds.artifacts import write_atomically
-from kto_ds.config import ModelConfig, RunConfig
+from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
 from kto_ds.errors import UserError
 from kto_ds.model.scoring import choose_serving, load_scorer
 from kto_ds.model.support import read_model_config
 from kto_ds.runtime.collectives import barrier, on_main_rank, start
-from kto_ds.stages.identity import require_same_tokenizer
-from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
+from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, evaluate_split
 
 EXPORT_FIRST = "run kto-ds export --config RUN.yaml, or set eval.path"
 
 
 def main(config: RunConfig) -> None:
-    if not config.data.eval:
-        raise UserError("no evaluation rows", where="data.eval", remedy="list sources under data.eval and run kto-ds prepare and kto-ds precompute-ref again")
+    if not config.data.eval_splits and config.data.held_out_fraction is None:
+        remedy = "list sources under data.eval, or set data.held_out_fraction, and run kto-ds prepare and kto-ds precompute-ref again"
+        raise UserError("no evaluation rows", where="data.eval", remedy=remedy)
     model = _model_to_evaluate(config)
     model_config = read_model_config(model, where="eval.path")
     world = start()
     splits, manifest = open_dataset(config)
     on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
-    require_fit(splits["eval"].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
+    loss, names = resolve_weights(config.loss, splits["train"]), evaluation_splits(splits)
+    for name in names:
+        require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
     serving = choose_serving(model, model_config, world.device)
     scorer = load_scorer(model, model_config, serving, world.device)
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
-    metrics = evaluate_split(scorer, splits["eval"], references["eval"], config.loss, sharding=sharding)
+    metrics = {name: evaluate_split(scorer, splits[name], references[name], loss, sharding=sharding) for name in names}
     if world.is_main:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": model.path, **metrics}, indent=1))
-        print(f"evaluation of {model.path}")
-        for name, value in metrics.items():
-            print(f"  {name:<18} {value:>12,}" if isinstance(value, int) else f"  {name:<18} {value:>12.5f}")
+        _report(config, model, loss, metrics)
     barrier()
+
+
+def _report(config: RunConfig, model: ModelConfig, loss: LossConfig, metrics: dict[str, dict[str, float]]) -> None:
+    """Write and print the metrics of each evaluation split."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": model.path, "splits": metrics}, indent=1))
+    print(f"evaluation of {model.path}")
+    if loss != config.loss:
+        print(f"automatic weights: {weights_line(loss)}")
+    for name, found in metrics.items():
+        print(f"{name}:")
+        for metric, value in found.items():
+            print(f"  {metric:<18} {value:>12,}" if isinstance(value, int) else f"  {metric:<18} {value:>12.5f}")
 
 
 def _model_to_evaluate(config: RunConfig) -> ModelConfig:

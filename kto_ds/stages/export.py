@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kto_ds.artifacts import require_match, staged_folder
-from kto_ds.config import RunConfig
+from kto_ds.config import LossConfig, RunConfig
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
 from kto_ds.report.sinks import METRICS_FILE, read_records
 from kto_ds.runtime.checkpoint import Checkpoint, newest_verified, read_weights
 from kto_ds.runtime.collectives import start
-from kto_ds.stages.identity import library_versions, run_record, run_tokenizer
+from kto_ds.stages.identity import library_versions, run_record, run_tokenizer, weights_line, weights_of_record
 
 MAX_SHARD_SIZE = "5GB"
 TRAIN_FIRST = "run kto-ds train --config RUN.yaml"
@@ -28,13 +28,14 @@ def main(config: RunConfig) -> None:
     if checkpoint is None:
         raise UserError("there is no checkpoint", where=str(config.output_dir / "checkpoints"), remedy=TRAIN_FIRST)
     remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
-    require_match(run_record(config), checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
+    loss = weights_of_record(config.loss, checkpoint.manifest["record"])
+    require_match(run_record(config, loss), checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
     dtype = DTYPES[config.model.dtype]
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.model.trust_remote_code)
     _assign(lm, {name.removeprefix(POLICY_PREFIX): weight.to(dtype) for name, weight in read_weights(checkpoint).items()})
     lm.generation_config = _generation_config(config)
-    tokenizer, text = run_tokenizer(config), _model_card(config, checkpoint)
+    tokenizer, text = run_tokenizer(config), _model_card(config, loss, checkpoint)
     with staged_folder(config.export_dir) as folder:
         lm.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
@@ -65,11 +66,11 @@ def _generation_config(config: RunConfig) -> GenerationConfig:
         return GenerationConfig()
 
 
-def _model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
+def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> str:
     sources = "\n".join(f"- `{Path(source.path).name}`" + (f", split `{source.split}`" if source.split else "") for source in config.data.train)
     metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    loss, optim = config.loss, config.optim
+    optim = config.optim
     return f"""---
 base_model: {json.dumps(config.model.path)}
 library_name: transformers
@@ -88,7 +89,7 @@ tags: [kto, kto_ds]
 
 ## Training
 
-Step {checkpoint.step}; loss `{loss.loss_type}`, beta {loss.beta:g}, weights {loss.desirable_weight:g} (desirable) and {loss.undesirable_weight:g} (undesirable);
+Step {checkpoint.step}; loss `{loss.loss_type}`, beta {loss.beta:g}, weights {weights_line(loss)};
 AdamW, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), {config.batch.global_batch_size} examples a step, {config.model.dtype}, seed {config.seed}.
 Reference: {excerpt(config.reference.path or config.model.path)}. Made with {versions}.
 

@@ -1,6 +1,7 @@
 """What an artefact depends on. Equal identities mean that it belongs to this run; nothing here needs a process group."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 import kto_ds
 from kto_ds.artifacts import digest_of, file_digest, folder_digest, require_match
-from kto_ds.config import ModelConfig, RunConfig, SourceConfig
+from kto_ds.config import LossConfig, ModelConfig, RunConfig, SourceConfig
+from kto_ds.data.balance import recommended_weights
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import KEY_DTYPE
+from kto_ds.data.sources import list_files
 from kto_ds.data.tokenization import load_tokenizer
+from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import model_digest
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "datasets")
@@ -41,34 +45,99 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
-def truncation_identity(config: RunConfig) -> dict:
-    return {"max_length": config.data.max_length, "truncation_mode": config.data.truncation_mode}
+def tokenization_identity(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the tokens of the rows depend on. A prepare that was cut short goes on with the segments of an equal one."""
+    data = config.data
+    sources = {"train": data.train, **data.eval_splits}
+    return {
+        **tokenizer_identity(tokenizer),
+        **data.model_dump(include={"max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "append_eos", "special_tokens_in_text"}),
+        "chat_template_kwargs": _as_text(data.chat_template_kwargs),
+        "splits": list(sources),
+        "sources": {name: _source_identity(listed) for name, listed in sources.items()},
+        "contents": {path: digest for listed in sources.values() for source in listed for path, digest in _contents(source).items()},
+    }
 
 
 def dataset_identity(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
     """What a dataset artefact depends on: train refuses one that differs in any of these."""
-    grouping = {"kl_group_size": config.data.kl_group_size, "shuffle": config.data.shuffle, "seed": config.seed if config.data.shuffle else None}
-    sources = {split: [_source_identity(source) for source in sources] for split, sources in (("train", config.data.train), ("eval", config.data.eval))}
-    return {**tokenizer_identity(tokenizer), **truncation_identity(config), **grouping, **{f"{split} sources": found for split, found in sources.items()}}
+    data = config.data
+    weights = [source.weight for source in data.train]
+    is_seeded = data.shuffle or data.held_out_fraction is not None or set(weights) != {1}
+    return {
+        **tokenization_identity(config, tokenizer),
+        **data.model_dump(include={"kl_group_size", "shuffle", "held_out_fraction", "on_bad_row", "max_bad_fraction"}),
+        "seed": config.seed if is_seeded else None,
+        "weights": weights,
+    }
 
 
-def _source_identity(source: SourceConfig) -> list:
-    path = Path(source.path)
-    # A source that was moved away since is no reason to refuse; one that was changed is.
-    content = file_digest(path) if path.is_file() else None
-    if path.is_dir():
-        content = folder_digest(path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()])
-    return [source.path, source.split, content]
+def _source_identity(sources: list[SourceConfig]) -> dict[str, list]:
+    return {
+        "paths": [source.path for source in sources],
+        "splits": [source.split for source in sources],
+        "columns": [_as_text(source.columns) for source in sources],
+        "label_maps": [_as_text(source.label_map) for source in sources],
+    }
 
 
-def run_record(config: RunConfig) -> dict:
-    """What a checkpoint remembers of its run: a resume and an export must find it unchanged."""
+def _as_text(value: object) -> str:
+    # Mappings are compared key by key, and one that lacks an entry would pass.
+    return json.dumps(value, sort_keys=True)
+
+
+def _contents(source: SourceConfig) -> dict[str, str]:
+    """Return the digest of every local file or folder of a source; what lies on the hub, or was moved away since, has none."""
+    try:
+        paths = list_files(source.path, source.split)
+    except UserError:
+        return {}
+    return {path: _content_digest(Path(path)) for path in paths if Path(path).exists()}
+
+
+def _content_digest(path: Path) -> str:
+    if path.is_file():
+        return file_digest(path)
+    return folder_digest(path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()])
+
+
+def require_same_dataset(expected: dict, found: dict, *, where: str, remedy: str) -> None:
+    """Refuse a dataset artefact of another identity. A source that was moved away since is no reason to; one that was changed is."""
+    known = found.get("contents", {})
+    changed = [
+        f"the content of {excerpt(path)} has changed since prepare" if path in known else f"{excerpt(path)} is new since prepare"
+        for path, digest in expected["contents"].items()
+        if known.get(path) != digest
+    ]
+    require_match({**expected, "contents": {}}, found, where=where, remedy=remedy, besides=changed)
+
+
+def resolve_weights(loss: LossConfig, train: TokenizedSplit) -> LossConfig:
+    """Return the loss with numbers in place of automatic weights, which follow from the labels of the training split."""
+    num_desirable = int(np.count_nonzero(train.desirable))
+    desirable, undesirable = recommended_weights(num_desirable, train.num_examples - num_desirable, loss.desirable_weight, loss.undesirable_weight)
+    return loss.model_copy(update={"desirable_weight": desirable, "undesirable_weight": undesirable})
+
+
+def weights_line(loss: LossConfig) -> str:
+    return f"{loss.desirable_weight:.4g} (desirable) and {loss.undesirable_weight:.4g} (undesirable)"
+
+
+def weights_of_record(loss: LossConfig, record: dict) -> LossConfig:
+    """Return the loss with the numbers of a checkpoint's record in place of automatic weights."""
+    names = [name for name in ("desirable_weight", "undesirable_weight") if loss.model_dump()[name] == "auto"]
+    return loss.model_copy(update={name: record["loss"][name] for name in names})
+
+
+def run_record(config: RunConfig, loss: LossConfig) -> dict:
+    """What a checkpoint remembers of its run: a resume and an export must find it unchanged. `loss` has numbers as weights."""
     return {
         "seed": config.seed,
         "model": config.model.path,
         "dtype": config.model.dtype,
         "global_batch_size": config.batch.global_batch_size,
-        **config.model_dump(mode="json", include={"loss", "optim", "train"}),
+        "loss": loss.model_dump(mode="json"),
+        **config.model_dump(mode="json", include={"optim", "train"}),
     }
 
 

@@ -1,5 +1,6 @@
 """The artefacts of a run, opened only when they belong to it. Shared by every stage that comes after prepare."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import ReferenceTable, look_up, read_shards
 from kto_ds.errors import UserError
 from kto_ds.runtime.collectives import on_main_rank
-from kto_ds.stages.identity import dataset_identity, needed_pairs, pair_keys, reference_identity, run_tokenizer
+from kto_ds.stages.identity import dataset_identity, needed_pairs, pair_keys, reference_identity, require_same_dataset, run_tokenizer
 
 PREPARE_FIRST = "run kto-ds prepare --config RUN.yaml"
 PRECOMPUTE_FIRST = "run kto-ds precompute-ref --config RUN.yaml"
@@ -22,10 +23,7 @@ def open_dataset(config: RunConfig) -> tuple[dict[str, TokenizedSplit], dict]:
 
     def check() -> dict:
         manifest = read_manifest(folder, kind="dataset", remedy=PREPARE_FIRST)
-        expected = dataset_identity(config, run_tokenizer(config))
-        for split in ("train sources", "eval sources"):
-            expected[split] = _forget_missing_files(expected[split], manifest["identity"].get(split))
-        require_match(expected, manifest["identity"], where=str(folder), remedy=PREPARE_FIRST)
+        require_same_dataset(dataset_identity(config, run_tokenizer(config)), manifest["identity"], where=str(folder), remedy=PREPARE_FIRST)
         require_intact(folder, manifest, remedy=PREPARE_FIRST)
         return manifest
 
@@ -33,22 +31,27 @@ def open_dataset(config: RunConfig) -> tuple[dict[str, TokenizedSplit], dict]:
     return {name: TokenizedSplit.load(folder / name) for name in manifest["splits"]}, manifest
 
 
-def _forget_missing_files(expected: list[list], found: list[list] | None) -> list[list]:
-    if found is None or len(found) != len(expected):
-        return expected
-    return [[path, split, known[2] if content is None else content] for (path, split, content), known in zip(expected, found)]
+def evaluation_splits(splits: Iterable[str]) -> list[str]:
+    """Return the names of the splits that are evaluated: all but the one that is trained on."""
+    return [name for name in splits if name != "train"]
 
 
 def open_reference(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Return each split's reference log-probs by pair id ([2E] float32, NaN where the loss needs none) and the artefact's manifest."""
-    return on_main_rank(lambda: read_reference(config, splits, dataset_manifest))
+
+    def read() -> tuple[dict[str, np.ndarray], dict]:
+        # First of all: that there is none should not be said only after minutes of reading weights.
+        read_manifest(config.reference_dir, kind="reference", remedy=PRECOMPUTE_FIRST)
+        return read_reference(config, splits, reference_identity(config, dataset_manifest))
+
+    return on_main_rank(read)
 
 
-def read_reference(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """The same on one rank: UserError unless the artefact is whole, belongs to this run and has every pair."""
+def read_reference(config: RunConfig, splits: dict[str, TokenizedSplit], identity: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """The same on one rank: UserError unless the artefact is whole, has this `identity` and every pair of the splits."""
     folder = config.reference_dir
     manifest = read_manifest(folder, kind="reference", remedy=PRECOMPUTE_FIRST)
-    require_match(reference_identity(config, dataset_manifest), manifest["identity"], where=str(folder), remedy=PRECOMPUTE_FIRST)
+    require_match(identity, manifest["identity"], where=str(folder), remedy=PRECOMPUTE_FIRST)
     require_intact(folder, manifest, remedy=PRECOMPUTE_FIRST)
     table = read_shards(folder, list(manifest["files"]))
     return {name: _join(table, split, config.loss.loss_type, folder) for name, split in splits.items()}, manifest

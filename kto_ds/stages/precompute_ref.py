@@ -37,7 +37,8 @@ def main(config: RunConfig) -> None:
     splits, dataset_manifest = open_dataset(config)
     if config.reference.path:
         on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
-    if on_main_rank(lambda: _is_up_to_date(config, splits, dataset_manifest)):
+    identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
+    if on_main_rank(lambda: _is_up_to_date(config, splits, identity)):
         if world.is_main:
             print(f"reference artefact: {config.reference_dir} is complete and belongs to this run; nothing to do", flush=True)
         return
@@ -45,7 +46,6 @@ def main(config: RunConfig) -> None:
     keys_of = {name: _first_keys(split, config.loss.loss_type) for name, split in splits.items()}
     tasks = _plan(splits, keys_of, serving.layout, config.reference.max_tokens_per_microbatch)
     shards = _cut_into_shards(tasks)
-    identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
     if world.is_main:
         print(f"scoring {sum(len(keys) for keys in keys_of.values()):,} pairs in {len(tasks):,} micro-batches with {model.path} ({serving.layout}, {serving.backend})", flush=True)
         if serving.notice:
@@ -69,12 +69,12 @@ def main(config: RunConfig) -> None:
     barrier()
 
 
-def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], dataset_manifest: dict) -> bool:
+def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], identity: dict) -> bool:
     """Tell whether train would accept the artefact that is there already."""
     if not config.reference_dir.is_dir():
         return False
     try:
-        read_reference(config, splits, dataset_manifest)
+        read_reference(config, splits, identity)
     except UserError as error:
         print(f"the reference artefact that is there is made anew: {error.what}", flush=True)
         return False

@@ -1,80 +1,227 @@
-"""rows -> records -> tokens -> KL groups -> dataset artefact."""
+"""rows -> checked -> tokens -> KL groups -> dataset artefact. A killed run goes on where it was when the command is given again."""
 
 import json
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from tqdm import tqdm
 
-from kto_ds.artifacts import describe_folder, seal, staged_folder
-from kto_ds.config import RunConfig, SourceConfig
-from kto_ds.data.assemble import Assembled, assemble_split
-from kto_ds.data.records import Record, to_records
-from kto_ds.data.sources import read_rows
-from kto_ds.data.tokenization import tokenize_records
+from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumable_folder, seal
+from kto_ds.config import DataConfig, RunConfig, SourceConfig
+from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
+from kto_ds.data.ingest import Problem, SourceFile, check_rows, refuse_bad_rows, tokenize_rows
+from kto_ds.data.records import RowRules
+from kto_ds.data.segments import Limits, load_notes
+from kto_ds.data.sources import list_files
+from kto_ds.data.split_report import source_reports, split_report
+from kto_ds.data.tokenization import TextRules
+from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError
 from kto_ds.model.support import longest_servable, read_model_config
-from kto_ds.runtime.deepspeed_config import read_deepspeed_config
-from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer
+from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
+from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, tokenization_identity
+
+SEGMENTS = "segments"  # in the unfinished artefact
+REPORT = "data_report.json"
+REJECTED = "rejected_rows.jsonl"
+
+
+# What a count of the report means to a user, where it is not 0.
+REMARKS = {
+    "rejected_rows": f"rejected rows: {{}} (they break the schema; listed in {REJECTED})",
+    "dropped_examples": f"dropped examples: {{}} (beyond the length limits; listed in {REJECTED})",
+    "truncated_prompts": "truncated prompts: {} (cut to data.max_prompt_length)",
+    "truncated_completions": "truncated completions: {} (their end is lost, and with it the token that ends a turn)",
+    "boundary_merges": "merged boundaries: {} (the completion begins inside the prompt's last token)",
+    "special_token_text": "warning: rows whose text spells special tokens: {} (the tokenizer takes them for control tokens)",
+    "control_characters": "warning: rows with control characters: {}",
+    "duplicates": "warning: repeated rows: {} (prompt, completion and label of an earlier row)",
+    "contradictions": "warning: rows whose prompt and completion occur with both labels: {}",
+    "rows_with_training_prompts": "warning: rows whose prompt is trained on too: {}",
+}
+
+
+class Tokenized(NamedTuple):
+    """What became of the sources listed under one name of the config."""
+
+    sources: list[SourceConfig]
+    files: list[SourceFile]
+    segments: list[tuple[int, Path]]  # (index of the file, segment)
+
+
+class Split(NamedTuple):
+    tokenized: Tokenized
+    rows: Rows  # once each
+    index: SplitIndex
 
 
 def main(config: RunConfig) -> None:
     model_config = read_model_config(config.model)
-    read_deepspeed_config(config.deepspeed.config)  # a mistake there should not wait for train
+    _require_positions(config.data.max_length, longest_servable(model_config))
+    deepspeed_config = read_deepspeed_config(config.deepspeed.config)  # a mistake there should not wait for train
+    check_zero_section(deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     tokenizer = run_tokenizer(config)
-    identity = dataset_identity(config, tokenizer)
+    sources = {"train": config.data.train, **config.data.eval_splits}
+    files = {name: _list_files(listed) for name, listed in sources.items()}
+    identity, resume_identity = dataset_identity(config, tokenizer), tokenization_identity(config, tokenizer)
+    claim_folder(config.output_dir)
 
-    splits = {"train": _prepare_split(config, "train", config.data.train, tokenizer)}
-    if config.data.eval:
-        splits["eval"] = _prepare_split(config, "eval", config.data.eval, tokenizer)
-    for assembled in splits.values():
-        _require_fit(assembled, vocab_size=model_config.vocab_size, longest_servable=longest_servable(model_config))
-
-    report = {name: assembled.report for name, assembled in splits.items()}
-    with staged_folder(config.dataset_dir) as folder:
-        for name, assembled in splits.items():
-            assembled.split.save(folder / name)
-        (folder / "data_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        manifest = {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}
-        seal(folder, manifest, describe_folder(folder))
+    with Workers(_tokenizer_source(config), config.data.dataset_num_proc) as workers:
+        if not can_resume(config.dataset_dir, resume_identity):
+            for name, listed in files.items():
+                _check(config.data, name, listed, workers)
+        with resumable_folder(config.dataset_dir, resume_identity) as folder:
+            tokenized = {}
+            for name, listed in files.items():
+                with _progress(f"tokenize {name}") as on_rows:
+                    segments = tokenize_rows(listed, folder / SEGMENTS / name, _limits(config.data), workers, on_rows)
+                tokenized[name] = Tokenized(sources[name], listed, segments)
+            _refuse_problems(config.data, tokenized)
+            _require_examples(tokenized)
+            _require_embeddings(tokenized, model_config.vocab_size)
+            splits = _assemble(config, tokenized)
+            report = {name: _report(name, split, splits["train"]) for name, split in splits.items()}
+            _write(folder, splits, report, tokenized)
+            seal(folder, {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}, describe_folder(folder))
     _print_report(report)
-    print(f"dataset artefact: {config.dataset_dir}")
+    print(f"dataset artefact: {config.dataset_dir}; look at it with kto-ds inspect")
 
 
-def _prepare_split(config: RunConfig, name: str, sources: list[SourceConfig], tokenizer: PreTrainedTokenizerBase) -> Assembled:
-    records = list(_read_records(sources))
-    tokens = tokenize_records(records, tokenizer, num_proc=config.data.dataset_num_proc)
-    assembled = assemble_split(
-        tokens["prompt_ids"][:],
-        tokens["completion_ids"][:],
-        desirable=[record.desirable for record in records],
-        row_names=[record.where for record in records],
-        max_length=config.data.max_length,
-        kl_group_size=config.data.kl_group_size,
-        max_group_examples=config.batch.global_batch_size,
-        shuffle=config.data.shuffle,
-        seed=config.seed,
-        where=f"data.{name}",
-    )
-    if tokenizer.chat_template and all(isinstance(record.prompt, str) for record in records):
-        print(f"{name}: notice: rows are plain text, joined as they are and ended by {tokenizer.eos_token}; the tokenizer's chat template is for rows of messages")
-    assembled.report["boundary_merges"] = sum(tokens["boundary_merged"][:])
-    return assembled
+def _list_files(sources: list[SourceConfig]) -> list[SourceFile]:
+    return [
+        SourceFile(path, source.split, RowRules(columns=source.columns, label_map=source.label_map), number)
+        for number, source in enumerate(sources)
+        for path in list_files(source.path, source.split)
+    ]
 
 
-def _read_records(sources: list[SourceConfig]) -> Iterator[Record]:
-    for source in sources:
-        for where, row in read_rows(source.path, source.split):
-            yield from to_records(row, where)
+def _tokenizer_source(config: RunConfig) -> TokenizerSource:
+    data, model = config.data, config.model
+    rules = TextRules(data.append_eos, data.special_tokens_in_text, data.chat_template_kwargs)
+    return TokenizerSource(model.path, model.revision, model.trust_remote_code, rules)
 
 
-def _require_fit(assembled: Assembled, *, vocab_size: int, longest_servable: int | None) -> None:
-    """Refuse ids that the model has no embedding for, and sequences longer than it serves."""
-    largest = int(max(assembled.split.prompt_tokens.max(), assembled.split.completion_tokens.max()))
+def _limits(data: DataConfig) -> Limits:
+    return Limits(data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes numbers of rows; in a log file the bar speaks twice a minute."""
+    with tqdm(desc=what, unit=" rows", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0) as bar:
+        yield bar.update
+
+
+def _check(data: DataConfig, name: str, files: list[SourceFile], workers: Workers) -> None:
+    with _progress(f"check {name}") as on_rows:
+        checked = check_rows(files, workers, on_rows)
+    _refuse_too_many(data, checked.problems, checked.num_bad, checked.num_rows)
+
+
+def _refuse_too_many(data: DataConfig, problems: list[Problem], num_bad: int, num_rows: int) -> None:
+    if num_bad and (data.on_bad_row == "error" or num_bad > data.max_bad_fraction * num_rows):
+        refuse_bad_rows(problems, num_bad, num_rows, max_bad_fraction=data.max_bad_fraction)
+
+
+def _refuse_problems(data: DataConfig, tokenized: dict[str, Tokenized]) -> None:
+    """Refuse rows that only the tokenizer, its chat template or a limit found fault with."""
+    for found in tokenized.values():
+        notes = [load_notes(path) for _, path in found.segments]
+        problems = [Problem(*problem) for note in notes for problem in note["bad"]]
+        _refuse_too_many(data, problems, len(problems), sum(note["rows"] for note in notes))
+
+
+def _assemble(config: RunConfig, tokenized: dict[str, Tokenized]) -> dict[str, Split]:
+    data = config.data
+    grouping = Grouping(data.max_length, data.kl_group_size, config.batch.global_batch_size, data.shuffle, config.seed)
+    rows_of = {name: (found, read_index(found.segments)) for name, found in tokenized.items()}
+    train, train_rows = rows_of["train"]
+    if data.held_out_fraction is not None:
+        is_held_out = hold_out(train_rows, data.held_out_fraction, config.seed)
+        rows_of["train"] = train, train_rows.select(~is_held_out)
+        rows_of["eval/held_out"] = train, train_rows.select(is_held_out)
+    splits = {}
+    for name, (found, rows) in rows_of.items():
+        examples = rows
+        if name == "train":
+            source_of = np.array([file.source for file in found.files])[rows.file_of]
+            examples = rows.select(repeat_by_weight(rows, source_of, [source.weight for source in found.sources], config.seed))
+            _require_both_labels(examples, data.allow_one_label)
+        where = "data.held_out_fraction" if name == "eval/held_out" else f"data.{name.replace('/', '.')}"
+        splits[name] = Split(found, rows, index_split(examples, grouping, where=where))
+    return splits
+
+
+def _require_both_labels(rows: Rows, allow_one_label: bool) -> None:
+    num_desirable = int(rows.desirable.sum())
+    if num_desirable in (0, len(rows.desirable)) and len(rows.desirable) and not allow_one_label:
+        label = "desirable" if num_desirable else "undesirable"
+        what = f"all {len(rows.desirable):,} examples are {label}: with one label KTO only moves all log-probs one way"
+        raise UserError(what, where="data.train", remedy="add rows with the other label, or set data.allow_one_label: true")
+
+
+def _require_positions(max_length: int, longest: int | None) -> None:
+    """Refuse a limit beyond what the model serves before anything is tokenized under it."""
+    if longest and max_length > longest:
+        raise UserError(f"sequences may have {max_length} tokens, the model has only {longest} positions to use", where="data.max_length", remedy=f"set it to {longest} or less")
+
+
+def _require_examples(tokenized: dict[str, Tokenized]) -> None:
+    for name, found in tokenized.items():
+        notes = [load_notes(path) for _, path in found.segments]
+        dropped = [place for note in notes for place in note["dropped"]]
+        if dropped and not any(note["examples"] for note in notes):
+            where, reason = dropped[0]
+            remedy = "raise data.max_length, or choose another data.truncation_mode"
+            raise UserError(f"none of the {len(dropped):,} examples of data.{name} fits, the first: {reason}", where=where, remedy=remedy)
+
+
+def _require_embeddings(tokenized: dict[str, Tokenized], vocab_size: int) -> None:
+    largest = max(load_notes(path)["largest_id"] for found in tokenized.values() for _, path in found.segments)
     if largest >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings", where="model.path", remedy="use the tokenizer that belongs to the model")
-    longest = assembled.report["longest_tokens"]
-    if longest_servable and longest > longest_servable:
-        raise UserError(f"a sequence has {longest} tokens, the model has only {longest_servable} positions to use", where="data.max_length", remedy=f"set it to {longest_servable} or less")
+
+
+def _report(name: str, split: Split, train: Split) -> dict:
+    """Return what data_report.json says about one split, its sources apart."""
+    found = split.tokenized
+    source_of_file = np.array([file.source for file in found.files])
+    by_source = source_reports(split.rows, split.index, source_of_file, len(found.sources))
+    read = [{"rows": 0, "rejected_rows": 0, "dropped_examples": 0} for _ in found.sources]
+    unused: set[str] = set()
+    for file, path in found.segments:
+        note, counts = load_notes(path), read[found.files[file].source]
+        counts["rows"] += note["rows"]
+        counts["rejected_rows"] += len(note["bad"])
+        counts["dropped_examples"] += len(note["dropped"])
+        unused.update(note["unused"])
+    totals = {key: sum(counts[key] for counts in read) for key in read[0]}
+    sources = [
+        {"path": source.path, "split": source.split, "weight": source.weight, **counts, **more} for source, counts, more in zip(found.sources, read, by_source)
+    ]
+    train_keys = None if name == "train" else train.index.rows.prompt_keys
+    return {**totals, **split_report(split.rows, split.index, train_keys), "unused_fields": sorted(unused), "sources": sources}
+
+
+def _write(folder: Path, splits: dict[str, Split], report: dict, tokenized: dict[str, Tokenized]) -> None:
+    for name in ("train", "eval"):  # an attempt that was cut short while it wrote may have had other splits
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name, split in splits.items():
+        place_of = {file: load_notes(path)["place"] for file, path in split.tokenized.segments}
+        save_split(split.index, split.tokenized.segments, [place_of[file] for file in range(len(place_of))], folder / name)
+    (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    with open(folder / REJECTED, "w", encoding="utf-8") as stream:
+        for name, found in tokenized.items():
+            for note in (load_notes(path) for _, path in found.segments):
+                unused = [{"split": name, "where": where, "reason": what, "row": text} for where, what, _, text in note["bad"]]
+                unused += [{"split": name, "where": where, "reason": reason} for where, reason in note["dropped"]]
+                stream.writelines(json.dumps(row) + "\n" for row in unused)
+    shutil.rmtree(folder / SEGMENTS)
 
 
 def _print_report(report: dict) -> None:
@@ -83,11 +230,22 @@ def _print_report(report: dict) -> None:
             f"{name}: {counts['examples']:,} examples ({counts['desirable']:,} desirable, {counts['undesirable']:,} undesirable) of {counts['rows']:,} rows, "
             f"{counts['distinct_prompts']:,} prompts, {counts['tokens']:,} tokens, {counts['kl_groups']:,} KL groups"
         )
-        if counts["dropped_prompt_fills_max_length"]:
-            print(f"  dropped: {counts['dropped_prompt_fills_max_length']:,} rows whose prompt fills max_length")
-        if counts["truncated_completions"]:
-            print(f"  truncated: {counts['truncated_completions']:,} completions lost their end")
-        if counts["boundary_merges"]:
-            print(f"  merged: in {counts['boundary_merges']:,} rows the completion begins inside the prompt's last token")
-        if not (counts["desirable"] and counts["undesirable"]):
-            print("  warning: all rows have the same label; KTO learns little from one side")
+        for line in _remarks(name, counts):
+            print(f"  {line}")
+
+
+def _remarks(name: str, counts: dict) -> Iterator[str]:
+    """Yield what a user should know about a split, one line each."""
+    for key, remark in REMARKS.items():
+        if count := counts.get(key):
+            yield remark.format(f"{count:,}")
+    if counts["unused_fields"]:
+        yield f"unused: fields {', '.join(counts['unused_fields'])}"
+    if not (counts["desirable"] and counts["undesirable"]):
+        yield "warning: all examples have the same label"
+    elif name == "train" and set(counts["recommended_weights"].values()) != {1.0}:
+        weights = counts["recommended_weights"]
+        yield (
+            f"labels are out of balance: desirable_weight {weights['desirable_weight']:.3g} and undesirable_weight {weights['undesirable_weight']:.3g} "
+            "would balance them (arXiv 2402.01306, Eq. 8); loss.desirable_weight: auto and loss.undesirable_weight: auto set them"
+        )

@@ -7,7 +7,8 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from kto_ds.artifacts import claim_folder, digest_of, require_match
-from kto_ds.config import RunConfig, write_yaml
+from kto_ds.config import LossConfig, RunConfig
+from kto_ds.config_text import write_yaml
 from kto_ds.data.batch import make_batch
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import TokenizedSplit
@@ -20,12 +21,12 @@ from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import StepTimer, peak_memory_gib
-from kto_ds.runtime.checkpoint import load_checkpoint, newest_verified, save_checkpoint, set_aside
+from kto_ds.runtime.checkpoint import Checkpoint, load_checkpoint, newest_verified, require_same_ranks, save_checkpoint, set_aside
 from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
-from kto_ds.stages.identity import run_record
-from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.identity import resolve_weights, run_record, weights_line
+from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, check_drift, evaluate_split, train_step
 
 
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     splits: dict[str, TokenizedSplit]
     reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
     plan: BatchPlan
+    loss: LossConfig  # with numbers as weights
     record: dict  # what a resume must find unchanged
 
 
@@ -50,10 +52,11 @@ def main(config: RunConfig) -> None:
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
         inputs = _open_inputs(config)
+        checkpoint = _find_checkpoint(config, inputs, world, zero_stage(deepspeed_config))
         on_main_rank(lambda: _write_config(config))
         engine = _build_engine(config, model_config, serving, deepspeed_config, inputs)
         sharding = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, engine.device)
-        done = _resume_or_start(engine, config, inputs, sharding, world)
+        done = _resume_or_start(engine, config, inputs, sharding, world, checkpoint)
         sinks = _open_sinks(config, inputs, serving, engine, world, done)
         try:
             _loop(engine, config, inputs, sharding, world, status, sinks, done)
@@ -74,7 +77,7 @@ def _loop(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding,
     for step in range(done + 1, plan.num_steps + 1):
         examples = plan.examples_of(step)
         learning_rate = engine.learning_rate
-        result, grad_norm = train_step(engine, train, inputs.reference_logps["train"], examples, when=f"step {step}", loss=config.loss, sharding=sharding)
+        result, grad_norm = train_step(engine, train, inputs.reference_logps["train"], examples, when=f"step {step}", loss=inputs.loss, sharding=sharding)
         window.append(result)
         timer.add_tokens(int((train.prompt_lengths[train.prompt_of[examples]] + train.matched_lengths[examples]).sum()))
         is_last = step == plan.num_steps
@@ -89,10 +92,11 @@ def _loop(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding,
             window.clear()
 
         # once in a while: evaluate
-        if "eval" in inputs.splits and (is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0):
+        if is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0:
             with timer.paused():
-                metrics = evaluate_split(engine, inputs.splits["eval"], inputs.reference_logps["eval"], config.loss, sharding=sharding)
-                sinks.log({"split": "eval", "step": step, "epoch": plan.epoch_after(step), **metrics})
+                for name in evaluation_splits(inputs.splits):
+                    metrics = evaluate_split(engine, inputs.splits[name], inputs.reference_logps[name], inputs.loss, sharding=sharding)
+                    sinks.log({"split": name, "step": step, "epoch": plan.epoch_after(step), **metrics})
 
         # once in a while: save
         if is_last or step % config.checkpoint.save_steps == 0:
@@ -112,12 +116,13 @@ def _open_inputs(config: RunConfig) -> Inputs:
         splits["train"].kl_group_of, global_batch_size=config.batch.global_batch_size, num_train_epochs=config.train.num_train_epochs,
         max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
     )  # fmt: skip
+    loss = resolve_weights(config.loss, splits["train"])
     record = {
-        **run_record(config),
+        **run_record(config, loss),
         "dataset": digest_of(*(entry["digest"] for entry in manifest["files"].values())),
         "reference model": reference_manifest["identity"]["reference model"],
     }
-    return Inputs(splits, reference_logps, plan, record)
+    return Inputs(splits, reference_logps, plan, loss, record)
 
 
 def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> Engine:
@@ -128,17 +133,26 @@ def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Se
     return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps)
 
 
-def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World) -> int:
-    """Return the number of steps already done: those of the newest verified checkpoint, or 0."""
-    train = inputs.splits["train"]
-    engine.warm_up(make_batch([], train, sharding.layout).to(engine.device))
+def _find_checkpoint(config: RunConfig, inputs: Inputs, world: World, stage: int) -> Checkpoint | None:
+    """Return the newest verified checkpoint if the run is to resume from one; one that does not fit is refused here, before weights are read."""
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: [set_aside(path) for path in (_checkpoints(config), config.output_dir / METRICS_FILE)])
+        return None
     checkpoint = newest_verified(_checkpoints(config), world)
     if checkpoint is not None:
         remedy = "restore the config, choose another output_dir, or set checkpoint.resume: never"
         require_match(inputs.record, checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
-        load_checkpoint(engine, checkpoint, world)
+        require_same_ranks(checkpoint, num_ranks=world.num_ranks, zero_stage=stage)
+    return checkpoint
+
+
+def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World, checkpoint: Checkpoint | None) -> int:
+    """Return the number of steps already done: those of the checkpoint, or 0."""
+    train = inputs.splits["train"]
+    engine.warm_up(make_batch([], train, sharding.layout).to(engine.device))
+    if config.checkpoint.resume == "never":
+        on_main_rank(lambda: [set_aside(path) for path in (_checkpoints(config), config.output_dir / METRICS_FILE)])
+    if checkpoint is not None:
+        load_checkpoint(engine, checkpoint)
         return checkpoint.step
     if config.reference.path is None:
         noise = check_drift(engine, train, inputs.reference_logps["train"], inputs.plan.examples_of(1), dtype=config.model.dtype, sharding=sharding)
@@ -156,9 +170,10 @@ def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Eng
           f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.layout}, {serving.backend}", flush=True)  # fmt: skip
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)
-    return open_sinks(
-        output_dir=config.output_dir, total_steps=plan.num_steps, done_steps=done, wandb=config.report.wandb, run_config=config.model_dump(mode="json")
-    )
+    if inputs.loss != config.loss:
+        print(f"automatic weights: {weights_line(inputs.loss)}", flush=True)
+    run_config = config.model_copy(update={"loss": inputs.loss}).model_dump(mode="json")
+    return open_sinks(output_dir=config.output_dir, total_steps=plan.num_steps, done_steps=done, wandb=config.report.wandb, run_config=run_config)
 
 
 def _checkpoints(config: RunConfig) -> Path:

@@ -176,7 +176,7 @@ def test_evaluate_and_export_agree_with_training(prepared):
     """The exported model, scored by one process without DeepSpeed, gives the last evaluation of the two-rank run."""
     config = config_of(prepared, output_dir=prepared / "unbroken")
     run_commands(prepared, [["export", *config], ["evaluate", *config]], num_ranks=1)
-    found = json.loads((prepared / "unbroken" / "evaluation.json").read_text())
+    found = json.loads((prepared / "unbroken" / "evaluation.json").read_text())["splits"]["eval"]
     wanted = read_metrics(prepared / "unbroken", "eval")[-1]
     assert wanted["step"] == 12
     for name in ("loss", "kl_raw", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/auc"):

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 
 from kto_ds.artifacts import (
+    can_resume,
     damaged_files,
     describe_folder,
     digest_of,
     file_digest,
     folder_digest,
     incomplete_path,
+    move_into_place,
     read_manifest,
+    recover,
     require_intact,
     require_match,
+    resumable_folder,
     seal,
     staged_folder,
     write_atomically,
@@ -133,6 +137,107 @@ def test_a_small_file_is_replaced_and_leaves_no_temporary(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+# going on where a killed run was
+
+IDENTITY = {"tokenizer": "t", "max_length": 8, "sources": [["a.jsonl", None, {"1": True}]]}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, UserError])
+def test_what_was_done_is_there_again_after_any_exception(tmp_path, error):
+    final = tmp_path / "artefact"
+    with pytest.raises(error), resumable_folder(final, IDENTITY) as folder:
+        (folder / "one").write_text("1")
+        raise error("stop")
+    assert can_resume(final, IDENTITY) and not final.exists()
+    with resumable_folder(final, json.loads(json.dumps(IDENTITY))) as folder:
+        assert (folder / "one").read_text() == "1"
+        (folder / "two").write_text("2")
+        seal(folder, {"kind": "test"}, describe_folder(folder))
+    manifest = read_manifest(final, kind="test", remedy=REMEDY)
+    assert damaged_files(final, manifest) == [] and sorted(tree(tmp_path)) == ["artefact/manifest.json", "artefact/one", "artefact/two"]
+    assert not can_resume(final, IDENTITY)
+
+
+@pytest.mark.parametrize("changed", [{**IDENTITY, "max_length": 9}, {**IDENTITY, "sources": []}, {}, {**IDENTITY, "more": None}])
+def test_the_beginning_of_something_else_is_swept_away(tmp_path, changed):
+    with pytest.raises(RuntimeError), resumable_folder(tmp_path / "artefact", IDENTITY) as folder:
+        (folder / "one").write_text("1")
+        raise RuntimeError
+    assert not can_resume(tmp_path / "artefact", changed)
+    with resumable_folder(tmp_path / "artefact", changed) as folder:
+        assert [path.name for path in folder.iterdir()] == ["resume.json"]
+
+
+@pytest.mark.parametrize("found", [None, "", "{", '{"format": 1, "identity": {}}'])
+def test_an_unfinished_folder_that_does_not_say_what_it_is_starts_anew(tmp_path, found):
+    unfinished = incomplete_path(tmp_path / "artefact")
+    unfinished.mkdir()
+    (unfinished / "stale").write_text("...")
+    if found is not None:
+        (unfinished / "resume.json").write_text(found)
+    with resumable_folder(tmp_path / "artefact", {}) as folder:
+        assert not (folder / "stale").exists()
+
+
+def test_a_kill_after_the_seal_does_not_put_the_old_manifest_into_the_new_one(tmp_path):
+    with pytest.raises(RuntimeError), resumable_folder(tmp_path / "artefact", IDENTITY) as folder:
+        seal(folder, {"kind": "test", "attempt": 1}, describe_folder(folder))
+        raise RuntimeError
+    with resumable_folder(tmp_path / "artefact", IDENTITY) as folder:
+        (folder / "rows").write_text("...")
+        seal(folder, {"kind": "test", "attempt": 2}, describe_folder(folder))
+    manifest = read_manifest(tmp_path / "artefact", kind="test", remedy=REMEDY)
+    assert manifest["attempt"] == 2 and list(manifest["files"]) == ["rows"] and damaged_files(tmp_path / "artefact", manifest) == []
+
+
+def test_a_full_disk_is_one_message_and_what_was_done_stays(tmp_path):
+    with pytest.raises(UserError, match="cannot write: No space left on device"), resumable_folder(tmp_path / "artefact", IDENTITY) as folder:
+        (folder / "one").write_text("1")
+        raise OSError(28, os.strerror(28))
+    assert can_resume(tmp_path / "artefact", IDENTITY) and (incomplete_path(tmp_path / "artefact") / "one").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no code of ours runs after it."""
+
+
+@pytest.mark.parametrize("num_renames", [0, 1, 2])
+def test_a_kill_while_the_newer_artefact_replaces_the_older_one_leaves_one_of_them(tmp_path, monkeypatch, num_renames):
+    final, staging = tmp_path / "artefact", tmp_path / "newer"
+    make_artifact(final, b"older")
+    staging.mkdir()
+    (staging / "only").write_text("newer")
+    seal(staging, {"kind": "test"}, describe_folder(staging))
+    done = []
+
+    def rename(self: Path, target: Path) -> None:
+        if len(done) == num_renames:
+            raise Killed
+        done.append(os.rename(self, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if num_renames < 2:
+            with pytest.raises(Killed):
+                move_into_place(staging, final)
+        else:
+            move_into_place(staging, final)
+    manifest = read_manifest(final, kind="test", remedy=REMEDY)
+    assert damaged_files(final, manifest) == [] and ("only" in manifest["files"]) == (num_renames == 2)
+    recover(final)
+    if staging.exists():
+        move_into_place(staging, final)
+    assert sorted(tree(tmp_path)) == ["artefact/manifest.json", "artefact/only"]
+
+
+def test_a_kill_before_the_older_artefact_was_deleted_leaves_no_trace(tmp_path):
+    make_artifact(tmp_path / "artefact")
+    (tmp_path / ".artefact.old").mkdir()
+    (tmp_path / ".artefact.old" / "stale").write_text("...")
+    recover(tmp_path / "artefact")
+    assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
+
+
 # reading
 
 
@@ -227,13 +332,19 @@ def test_every_differing_field_is_named_with_both_values():
     with pytest.raises(UserError) as caught:
         require_match(expected, found, where="reference.artifact", remedy=REMEDY)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "reference.artifact: does not belong to this run, 3 fields differ:"
+    assert lines[0] == "reference.artifact: does not belong to this run, 3 differences:"
     assert lines[1:4] == [
         "  tokenizer: this run has 't-1', the artefact has 't-2'",
         "  max_length: this run has 512, the artefact has 1024",
         "  shuffle: this run has True, the artefact has None",
     ]
     assert REMEDY in lines[4]
+
+
+def test_further_differences_are_told_beside_those_of_fields():
+    with pytest.raises(UserError) as caught:
+        require_match({"a": 1}, {"a": 1}, where="x", remedy=REMEDY, besides=["the content of rows.jsonl has changed"])
+    assert str(caught.value) == f"x: does not belong to this run, 1 difference:\n  the content of rows.jsonl has changed\n  remedy: {REMEDY}"
 
 
 def test_equal_fields_and_unknown_ones_pass():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kto_ds.data.assemble import assemble_split
 from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import MicroBatch, make_units, pack
+from tests.unit.splits import make_split
 
 LAYOUTS = ["prefix_shared", "packed", "padded"]
 
@@ -17,10 +17,10 @@ def random_split(seed: int, *, num_prompts: int = 6, vocab_size: int = 50) -> To
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, vocab_size, int(rng.integers(1, 12))).tolist() for _ in range(num_prompts)]
     rows = [(prompt, rng.integers(0, vocab_size, int(rng.choice([1, 1, 2, 5, 9]))).tolist()) for prompt in prompts for _ in range(int(rng.integers(1, 5)))]
-    return assemble_split(
+    return make_split(
         [prompt for prompt, _ in rows], [completion for _, completion in rows], desirable=rng.random(len(rows)) < 0.5,
-        row_names=[f"rows:{row}" for row in range(len(rows))], max_length=17, kl_group_size=3, max_group_examples=24, shuffle=True, seed=seed,
-    ).split  # fmt: skip
+        max_length=17, kl_group_size=3, max_group_examples=24, shuffle=True, seed=seed,
+    )  # fmt: skip
 
 
 def micro_batches_of(split: TokenizedSplit, layout: str, max_tokens: int = 60) -> list[MicroBatch]:
@@ -124,10 +124,10 @@ def test_moving_a_batch_moves_every_tensor_and_changes_none(layout):
 
 def test_lengths_are_those_after_truncation():
     # max_length 6: behind the prompt of 4 tokens fit 2, behind that of 1 token 5.
-    split = assemble_split(
-        [[1, 2, 3, 4], [9]], [[5, 6, 7, 8, 5, 6], [7, 8, 7]], desirable=[True, False], row_names=["a", "b"],
+    split = make_split(
+        [[1, 2, 3, 4], [9]], [[5, 6, 7, 8, 5, 6], [7, 8, 7]], desirable=[True, False],
         max_length=6, kl_group_size=2, max_group_examples=4, shuffle=False, seed=0,
-    ).split  # fmt: skip
+    )  # fmt: skip
     assert split.pair_prompts.tolist() == [0, 1, 1, 0] and split.pair_lengths.tolist() == [2, 3, 5, 2]
     assert [split.completion(pair).tolist() for pair in range(4)] == [[5, 6], [7, 8, 7], [5, 6, 7, 8, 5], [7, 8]]
     assert split.longest_pair_tokens == 6

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from kto_ds.cli import COMMANDS, main, read_config
-from kto_ds.config import RunConfig, known_keys, nearest_key, read_yaml, write_yaml
+from kto_ds.config import FIELDS, RunConfig
+from kto_ds.config_text import known_keys, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_USER, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,133 @@ def test_what_must_be_given_is_named(capsys, tmp_path, key):
     assert f"{key}: required, but not set" in refused(capsys, tmp_path, text=text)
 
 
+# data
+
+
+def data(more: str) -> str:
+    return MINIMAL.replace("rows.jsonl}]}", f"rows.jsonl}}], {more}}}")
+
+
+def source(more: str) -> str:
+    return MINIMAL.replace("rows.jsonl", f"rows.jsonl, {more}")
+
+
+@pytest.mark.parametrize(
+    ("more", "splits"),
+    [
+        ("eval: [{path: a}, {path: b}]", {"eval": ["a", "b"]}),
+        ("eval: {maths: [{path: a}], chat-2: [{path: b}, {path: c}]}", {"eval/maths": ["a"], "eval/chat-2": ["b", "c"]}),
+        ("eval: []", {}),
+        ("eval: {}", {}),
+        ("shuffle: true", {}),
+    ],
+)
+def test_evaluation_sources_are_one_split_or_several_with_names(tmp_path, more, splits):
+    assert {name: [source.path for source in sources] for name, sources in config_of(tmp_path, text=data(more)).data.eval_splits.items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("option", "splits"), [('[{"path": "a\\"b"}]', {"eval": ['a"b']}), ('{"x": [{"path": "a"}], "y": [{"path": "b"}]}', {"eval/x": ["a"], "eval/y": ["b"]}), ("[]", {})]
+)
+def test_both_kinds_of_evaluation_sources_can_be_options(tmp_path, option, splits):
+    config = config_of(tmp_path, "", "--data.eval", option, text=data("eval: [{path: k}]"))
+    assert {name: [source.path for source in sources] for name, sources in config.data.eval_splits.items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts"),
+    [
+        ("{1: true, 0: false}", {"1": True, "0": False}),
+        ("{true: true, false: false}", {"true": True, "false": False}),
+        ("{1.0: true, 0.5: false}", {"1": True, "0.5": False}),
+        ("{thumbs_up: true, '1': true, no: false}", {"thumbs_up": True, "1": True, "no": False}),
+    ],
+)
+def test_labels_are_texts_whatever_yaml_makes_of_them(tmp_path, labels, texts):
+    assert config_of(tmp_path, text=source(f"label_map: {labels}")).data.train[0].label_map == texts
+
+
+def test_a_source_on_the_command_line_has_labels_and_columns(tmp_path):
+    config = config_of(tmp_path, "", "--data.train", '[{"path": "a", "label_map": {"1": true}, "columns": {"prompt": "q"}, "weight": 0.5}]')
+    assert config.data.train[0].model_dump() == {"path": "a", "split": None, "weight": 0.5, "columns": {"prompt": "q"}, "label_map": {"1": True}}
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ("truncation_mode: keep_end", ["data.truncation_mode: keep_end cuts prompts", "found 'keep_end'", "remedy: set data.max_prompt_length"]),
+        ("truncation_mode: middle", ["data.truncation_mode", "'keep_start', 'keep_end', 'drop' or 'error'"]),
+        ("max_prompt_length: 2048", ["data.max_prompt_length", "data.max_length = 2048", "remedy: lower it"]),
+        ("max_prompt_length: 9, max_length: 8", ["data.max_prompt_length", "data.max_length = 8", "found 9"]),
+        ("max_completion_length: 0", ["data.max_completion_length", "greater than or equal to 1"]),
+        ("on_bad_row: skip", ["data.on_bad_row", "remedy: set data.max_bad_fraction"]),
+        ("max_bad_fraction: 0.1", ["data.max_bad_fraction", "remedy: set data.on_bad_row: skip, or remove"]),
+        ("on_bad_row: skip, max_bad_fraction: 0", ["data.max_bad_fraction", "greater than 0"]),
+        ("on_bad_row: skip, max_bad_fraction: 1.1", ["data.max_bad_fraction", "less than or equal to 1"]),
+        ("held_out_fraction: 0", ["data.held_out_fraction", "greater than 0"]),
+        ("held_out_fraction: 1", ["data.held_out_fraction", "less than 1"]),
+        ("held_out_fraction: true", ["data.held_out_fraction", "not true or false"]),
+        ("special_tokens_in_text: ignore", ["data.special_tokens_in_text", "'warn' or 'error'"]),
+        ("chat_template_kwargs: {tools: []}", ["data.chat_template_kwargs: tools is decided by kto_ds", "remedy: remove it"]),
+        ("chat_template_kwargs: {when: 2024-01-01}", ["data.chat_template_kwargs.when", "JSON"]),
+        ("eval: {a/b: [{path: x}]}", ["data.eval: 'a/b' cannot name", "letters, digits"]),
+        ("eval: {'': [{path: x}]}", ["data.eval: '' cannot name"]),
+        ("eval: {held_out: [{path: x}]}", ["data.eval: 'held_out' cannot name"]),
+        ("eval: {maths: []}", ["data.eval.maths: List should have at least 1 item"]),
+        ("eval: {maths: {path: x}}", ["data.eval.maths: ", "list"]),
+        ("eval: {1: [{path: x}]}", ["data.eval.1: ", "string"]),
+        ("eval: [{path: x, weight: 2}]", ["data.eval: weight is for training sources", "remedy: remove it"]),
+        ("eval: {maths: [{path: x, wieght: 1}]}", ["data.eval.maths.0.wieght: unknown key", "did you mean data.eval.maths.0.weight?"]),
+        ("eval: rows.jsonl", ["data.eval: not a list of sources", "'rows.jsonl'"]),
+        ("eval: 3", ["data.eval: ", "list", "found 3"]),
+        ("artifact: ''", ["data.artifact: a path is expected"]),
+    ],
+)
+def test_what_the_data_section_refuses(capsys, tmp_path, more, parts):
+    message = refused(capsys, tmp_path, text=data(more))
+    assert all(part in message for part in [*parts, "remedy: "]) and message.count("\n") == 2, message
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ("columns: {promt: question}", ["columns: 'promt' is not a field", ", ".join(FIELDS)]),
+        ("columns: {prompt: text, completion: text}", ["columns: column 'text' is given to two fields"]),
+        ("columns: {prompt: ''}", ["columns.prompt: ", "at least 1 character"]),
+        ("columns: {prompt: 3}", ["columns.prompt: ", "string"]),
+        ("label_map: {}", ["label_map: an empty map"]),
+        ("label_map: {good: 1}", ["label_map: 'good' is mapped to 1", "true (desirable)"]),
+        ("label_map: {good: 'true'}", ["label_map: 'good' is mapped to 'true'"]),
+        ("label_map: {1: true, '1': false}", ["label_map: label '1' is listed twice"]),
+        ("label_map: {null: false}", ["label_map: label None is not"]),
+        ("label_map: [good]", ["label_map: ", "dictionary"]),
+        ("weight: 0", ["weight: ", "greater than 0"]),
+        ("weight: true", ["weight: ", "not true or false"]),
+        ("weight: .inf", ["weight: ", "finite"]),
+    ],
+)
+def test_what_a_source_refuses(capsys, tmp_path, more, parts):
+    message = refused(capsys, tmp_path, text=source(more))
+    assert "data.train.0." in message and all(part in message for part in [*parts, "remedy: "]), message
+
+
+@pytest.mark.parametrize("value", ["auto", "1.25", "0"])
+def test_a_weight_of_the_loss_is_a_number_or_auto(tmp_path, value):
+    expected = value if value == "auto" else float(value)
+    assert config_of(tmp_path, f"loss: {{desirable_weight: {value}}}\n").loss.desirable_weight == expected
+    assert config_of(tmp_path, "", "--loss.undesirable_weight", value).loss.undesirable_weight == expected
+
+
+@pytest.mark.parametrize("value", ["high", "-1", "true", "null", ".nan"])
+def test_any_other_weight_is_refused(capsys, tmp_path, value):
+    assert "loss.desirable_weight: " in refused(capsys, tmp_path, f"loss: {{desirable_weight: {value}}}\n")
+
+
+@pytest.mark.parametrize("options", [("--output_dir", ""), ("--output_dir=",), ("--model.path=",)])
+def test_an_empty_path_is_refused(capsys, tmp_path, options):
+    assert f"{options[0].strip('-=')}: " in refused(capsys, tmp_path, "", *options)
+
+
 # files
 
 
@@ -238,7 +366,8 @@ def test_without_a_config_the_option_is_named(capsys):
 def test_the_printed_config_reads_back_as_the_same_one(capsys, tmp_path, command):
     more = "optim: {learning_rate: 3e-7, max_grad_norm: 0}\ntrain: {num_train_epochs: 0.5}\nreport: {wandb: {name: 'yes'}}\n"
     path = run_file(tmp_path, more)
-    options = ["--seed", "7", "--data.train", '[{"path": "a b.jsonl"}, {"path": "c", "split": "train"}]']
+    sources = '[{"path": "a b.jsonl", "label_map": {"1": true, "false": false}, "columns": {"label": "no"}}, {"path": "c", "split": "train", "weight": 2}]'
+    options = ["--seed", "7", "--data.train", sources, "--data.eval", '{"on": [{"path": "e"}]}', "--data.chat_template_kwargs", '{"thinking": false, "x": ["1"]}']
     assert main([command, "--config", str(path), *options, "--print-config"]) == EXIT_OK
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -258,6 +387,24 @@ def test_all_that_is_known_is_written(tmp_path):
         section = written
         for part in key.split("."):
             section = section[part]
+
+
+# options of a command of its own
+
+
+def test_inspect_has_options_besides_those_of_the_config(tmp_path):
+    path = str(run_file(tmp_path))
+    config, given = read_config("inspect", ["--config", path, "--split", "eval/maths", "--num_rows=2", "--loss.beta", "0.5"])
+    assert (given.split, given.num_rows, given.step, given.num_ranks, config.loss.beta) == ("eval/maths", 2, 1, 1, 0.5)
+    assert read_config("inspect", ["--config", path])[1].split == "train"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "part"),
+    [("inspect", ("--num_rows", "many"), "--num_rows: invalid int value: 'many'"), ("inspect", ("--split",), "--split: expected one argument"), ("train", ("--num_ranks", "2"), "--num_ranks")],
+)
+def test_they_are_checked_and_belong_to_that_command(capsys, tmp_path, command, options, part):
+    assert part in refused(capsys, tmp_path, "", *options, command=command)
 
 
 # launchers and commands
@@ -299,4 +446,4 @@ def test_as_a_program_a_mistake_ends_with_2_before_torch_is_imported(tmp_path):
     code = f"import sys; from kto_ds.cli import main; code = main(['train', '--config', {str(path)!r}]); sys.exit(9 if 'torch' in sys.modules else code)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr == f"kto-ds: error: {path}: loss.bta: unknown key; did you mean loss.beta?\n"
+    assert ended.stderr == f"kto-ds: error: {path}: loss.bta: unknown key\n  remedy: did you mean loss.beta?\n"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from kto_ds.config import ModelConfig
-from kto_ds.data.assemble import assemble_split
 from kto_ds.data.batch import make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import make_units, pack
@@ -18,6 +17,7 @@ from kto_ds.model.attention import register_attention
 from kto_ds.model.load import load_policy
 from kto_ds.model.policy import Policy
 from kto_ds.model.support import read_model_config
+from tests.unit.splits import make_split
 
 LAYOUTS = ["prefix_shared", "packed", "padded"]
 VOCAB = 101
@@ -35,10 +35,10 @@ def random_split(seed: int) -> TokenizedSplit:
     lengths = [[9, 1, 13], [1, 4], [5, 5, 1], [3, 11], [12, 1, 7]]  # of the completions of each prompt
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in (11, 1, 6, 9, 3)]
     rows = [(prompt, rng.integers(0, VOCAB, size).tolist()) for prompt, sizes in zip(prompts, lengths) for size in sizes]
-    return assemble_split(
-        [prompt for prompt, _ in rows], [completion for _, completion in rows], desirable=[True] * len(rows), row_names=[""] * len(rows),
+    return make_split(
+        [prompt for prompt, _ in rows], [completion for _, completion in rows], desirable=[True] * len(rows),
         max_length=25, kl_group_size=3, max_group_examples=30, shuffle=True, seed=seed,
-    ).split  # fmt: skip
+    )  # fmt: skip
 
 
 def build(config: PretrainedConfig, layout: str, *, checkpointing: bool = False) -> tuple[Policy, PreTrainedModel]:

@@ -44,8 +44,9 @@ def run(folder: Path, command: str, *overrides: str) -> int:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All there is, but what marks a run's folder as its own: the lock, and status.json, which says that the run failed."""
-    return sorted(path for path in folder.rglob("*") if path.name not in ("status.json", ".lock"))
+    """All files, but what marks a run's folder as its own (the lock, and status.json, which says that the run failed) and what prepare can go on with."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("status.json", ".lock"))
+    return sorted(path for path in found if "dataset.incomplete" not in path.parts)
 
 
 def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str]) -> None:
@@ -116,14 +117,14 @@ def test_a_dataset_artefact_of_another_config_is_refused_with_every_differing_fi
     write_rows(folder / "rows.jsonl", rows()[:-1])
     refuse(
         capsys, folder, "precompute-ref", "--data.max_length", "8", "--data.kl_group_size", "2",
-        saying=["3 fields differ", "max_length: this run has 8, the artefact has 16", "kl_group_size: this run has 2, the artefact has 4", "train sources", "kto-ds prepare"],
+        saying=["3 differences", "max_length: this run has 8, the artefact has 16", "kl_group_size: this run has 2, the artefact has 4", "rows.jsonl' has changed since prepare", "kto-ds prepare"],
     )  # fmt: skip
 
 
 def test_a_reference_artefact_of_another_model_is_refused(folder, capsys):
     assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
     make_model(folder / "other", seed=1)
-    refuse(capsys, folder, "train", "--reference.path", str(folder / "other"), saying=["1 field differs", "reference model: this run has", "kto-ds precompute-ref"])
+    refuse(capsys, folder, "train", "--reference.path", str(folder / "other"), saying=["1 difference", "reference model: this run has", "kto-ds precompute-ref"])
     refuse(capsys, folder, "train", "--model.dtype", "bfloat16", saying=["dtype: this run has 'bfloat16', the artefact has 'float32'"])
 
 
@@ -167,14 +168,73 @@ def test_a_list_that_is_not_json_on_the_command_line(folder, capsys):
     refuse(capsys, folder, "prepare", "--data.train", "[{path: rows.jsonl}]", saying=["command line", "JSON", "--data.train"])
 
 
+@pytest.mark.parametrize("path", ["./modles/tiny", "/modles/tiny", "modles/tiny/llama"])
+def test_a_mistyped_model_folder_is_not_looked_for_on_the_hub(folder, capsys, path):
+    refuse(capsys, folder, "prepare", "--model.path", path, saying=[f"model.path: no such folder: '{path}'", "looked up from"])
+
+
+def test_sources_may_move_away_but_not_change(folder, capsys):
+    several = folder / "several"
+    several.mkdir()
+    for name in ("a", "b"):
+        write_rows(several / f"{name}.jsonl", rows())
+    options = ["--data.train", json.dumps([{"path": str(several / "*.jsonl")}])]
+    assert run(folder, "prepare", *options) == 0
+    write_rows(several / "c.jsonl", rows())
+    write_rows(several / "b.jsonl", rows()[:-1])
+    refuse(capsys, folder, "precompute-ref", *options, saying=["2 differences", "b.jsonl' has changed since prepare", "c.jsonl' is new since prepare", "kto-ds prepare"])
+    for path in several.iterdir():
+        path.unlink()
+    assert run(folder, "precompute-ref", *options) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (("--data.held_out_fraction", "0.4"), "held_out_fraction: this run has 0.4, the artefact has None"),
+        (("--data.truncation_mode", "drop"), "truncation_mode: this run has 'drop', the artefact has 'keep_start'"),
+        (("--data.append_eos", "false"), "append_eos: "),
+        (("--data.max_completion_length", "3"), "max_completion_length: "),
+        (("--data.special_tokens_in_text", "error"), "special_tokens_in_text: "),
+        (("--data.chat_template_kwargs", '{"a": 1}'), "chat_template_kwargs: "),
+        (("--data.on_bad_row", "skip", "--data.max_bad_fraction", "0.1"), "max_bad_fraction: "),
+        (("--seed", "7"), "seed: this run has 7, the artefact has 42"),
+    ],
+)
+def test_whatever_changes_the_examples_asks_for_prepare_again(folder, capsys, options, field):
+    assert run(folder, "prepare") == 0
+    refuse(capsys, folder, "precompute-ref", *options, saying=["does not belong to this run", field, "kto-ds prepare"])
+
+
+@pytest.mark.parametrize(
+    ("more", "field"), [({"weight": 2}, "weights: this run has [2.0]"), ({"columns": {"prompt": "prompt"}}, "sources.train.columns: "), ({"label_map": {"true": True}}, "label_maps: ")]
+)
+def test_so_does_whatever_changes_a_source(folder, capsys, more, field):
+    assert run(folder, "prepare") == 0
+    sources = json.dumps([{"path": str(folder / "rows.jsonl"), **more}])
+    refuse(capsys, folder, "precompute-ref", "--data.train", sources, saying=["does not belong to this run", field, "kto-ds prepare"])
+
+
+def test_a_split_that_was_added_or_taken_away(folder, capsys):
+    write_rows(folder / "eval.jsonl", rows())
+    options = ["--data.eval", json.dumps({"x": [{"path": str(folder / "eval.jsonl")}]})]
+    assert run(folder, "prepare", *options) == 0
+    refuse(capsys, folder, "precompute-ref", saying=["splits: this run has ['train'], the artefact has ['train', 'eval/x']"])
+
+
 def test_two_runs_in_one_folder(folder, capsys):
     import fcntl
 
     assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
-    with open(folder / "run" / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        refuse(capsys, folder, "train", saying=["another run is writing here"])
-        assert not (folder / "run" / "status.json").exists(), "the status is that of the run inside"
+    # This process holds the lock of the folder it prepared in, so the other run has a folder of its own.
+    taken = folder / "taken"
+    taken.mkdir()
+    options = ["--output_dir", str(taken), "--data.artifact", str(folder / "run" / "dataset"), "--reference.artifact", str(folder / "run" / "reference")]
+    with open(taken / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for command in ("prepare", "train"):
+            refuse(capsys, folder, command, *options, saying=["another run is writing here"])
+        assert not (taken / "status.json").exists(), "the status is that of the run inside"
 
 
 def test_a_reference_model_with_another_tokenizer(folder, capsys):

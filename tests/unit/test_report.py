@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from kto_ds.config import WandbConfig
+from kto_ds.errors import UserError
 from kto_ds.report.console import Console, duration
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import MetricsFile, Sinks, WandbRun, open_sinks, read_records
+from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import StepTimer, peak_memory_gib
 
 
@@ -161,6 +164,42 @@ def test_plot_of_whatever_was_logged(tmp_path, num_records):
     metrics.close()
     plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_evaluation_splits_are_told_apart_in_one_plot(tmp_path, monkeypatch):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (10, 20):
+        metrics.log(train_record(step, **{"rewards/chosen": 0.1}))
+        for split in ("eval/maths", "eval/held_out"):
+            metrics.log({**eval_record(step), "split": split, "rewards/chosen": 0.1})
+    metrics.close()
+    legends = []
+    monkeypatch.setattr(Axes, "legend", lambda axis: legends.append((axis.get_title(loc="left"), axis.get_legend_handles_labels()[1])))
+    plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
+    assert ("loss", ["train", "eval/maths", "eval/held_out"]) in legends and ("rewards", ["chosen", "eval/maths", "eval/held_out"]) in legends
+
+
+# status.json
+
+
+def test_the_status_is_written_when_it_changes_or_gets_old(tmp_path):
+    now = [100.0]
+    status = RunStatus(tmp_path / "status.json", is_main=True, clock=lambda: now[0])
+    found = []
+    with pytest.raises(UserError), status.until_the_end():
+        for step, seconds in ((0, 0), (1, 1), (2, 3.9), (3, 0.1), (4, 1)):
+            now[0] += seconds
+            status.running(step)
+            found.append(json.loads((tmp_path / "status.json").read_text())["step"])
+        raise UserError("stop")
+    assert found == [0, 0, 0, 3, 3]
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "failed", "step": 4, "exit_code": 2, "reason": "UserError: stop"}
+
+
+def test_other_ranks_write_no_status(tmp_path):
+    with RunStatus(tmp_path / "status.json", is_main=False).until_the_end() as status:
+        status.running(1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # wandb

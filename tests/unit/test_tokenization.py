@@ -1,13 +1,15 @@
 import json
+import time
 from pathlib import Path
 
-import datasets
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kto_ds.data import tokenization
 from kto_ds.data.records import Record, to_records
-from kto_ds.data.tokenization import load_tokenizer, tokenize_records
+from kto_ds.data.tokenization import RowTokenizer, TextRules, load_tokenizer
 from kto_ds.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -44,35 +46,48 @@ def record(prompt, completion, where="rows.jsonl:1"):
     return Record(prompt=turns, completion=[{"role": "assistant", "content": completion}], desirable=True, where=where)
 
 
+def tokenize(records, tokenizer, **rules):
+    """Return (prompt ids, completion ids, boundary merged) of every record as plain values, and errors as they are."""
+    found = RowTokenizer(tokenizer, TextRules(**rules)).tokenize(records)
+    return [row if isinstance(row, UserError) else (row.prompt_ids.tolist(), row.completion_ids.tolist(), row.boundary_merged) for row in found]
+
+
 TEXT = record("ask more", " good")
 CHAT = record([("user", "ask")], "good")
 SYSTEM = record([("system", "more"), ("user", "ask")], "good", "rows.jsonl:8")
 
 
 def test_plain_text_ends_with_one_eos():
-    rows = tokenize_records([TEXT, record("ask", " good bad </s>")], word_tokenizer(chat_template=None), num_proc=None)
-    assert rows["prompt_ids"][:] == [ids("<s> ask more"), ids("<s> ask")]
-    assert rows["completion_ids"][:] == [ids("good </s>"), ids("good bad </s>")]
-    assert rows["boundary_merged"][:] == [False, False]
+    rows = tokenize([TEXT, record("ask", " good bad </s>")], word_tokenizer(chat_template=None))
+    assert rows == [(ids("<s> ask more"), ids("good </s>"), False), (ids("<s> ask"), ids("good bad </s>"), False)]
+
+
+def test_without_append_eos_plain_text_ends_as_it_does():
+    rows = tokenize([TEXT, record("ask", " good bad </s>")], word_tokenizer(chat_template=None), append_eos=False)
+    assert [completion for _, completion, _ in rows] == [ids("good"), ids("good bad </s>")]
 
 
 def test_conversations_go_through_the_chat_template():
-    rows = tokenize_records([record([("user", "ask"), ("assistant", "bad"), ("user", "more")], "good")], word_tokenizer(), num_proc=None)
-    assert rows[0] == {
-        "prompt_ids": ids("user : ask </s> assistant : bad </s> user : more </s> assistant :"),
-        "completion_ids": ids("good </s>"),
-        "boundary_merged": False,
-    }
+    rows = tokenize([record([("user", "ask"), ("assistant", "bad"), ("user", "more")], "good")], word_tokenizer())
+    assert rows == [(ids("user : ask </s> assistant : bad </s> user : more </s> assistant :"), ids("good </s>"), False)]
 
 
-def test_the_columns_are_small_integers_in_memory():
-    rows = tokenize_records([TEXT, CHAT], word_tokenizer(), num_proc=None)
-    assert rows.features == {
-        "prompt_ids": datasets.List(datasets.Value("int32")),
-        "completion_ids": datasets.List(datasets.Value("int32")),
-        "boundary_merged": datasets.Value("bool"),
-    }
-    assert rows.cache_files == []
+def test_tools_and_template_arguments_reach_the_template():
+    template = "{% if tools %}{{ tools[0].name }} {% endif %}{{ mood }} " + TEMPLATE
+    tools = [{"name": "ask", "parameters": {}}]
+    rows = [
+        Record(CHAT.prompt, CHAT.completion, True, "x", tools=tools, template_kwargs={"mood": "bad"}),
+        Record(CHAT.prompt, CHAT.completion, True, "x", tools=tools),
+        CHAT,
+    ]
+    found = tokenize(rows, word_tokenizer(chat_template=template), chat_template_kwargs={"mood": "more"})
+    turn = "user : ask </s> assistant :"
+    assert [prompt for prompt, _, _ in found] == [ids(f"ask bad {turn}"), ids(f"ask more {turn}"), ids(f"more {turn}")]
+
+
+def test_ids_are_small_integers():
+    row = RowTokenizer(word_tokenizer()).tokenize([CHAT])[0]
+    assert row.prompt_ids.dtype == row.completion_ids.dtype == np.int32
 
 
 @pytest.mark.parametrize(
@@ -80,37 +95,128 @@ def test_the_columns_are_small_integers_in_memory():
     [("ba", "b", ([1], [2, 3], True)), ("b", "ab", ([1], [2, 3], False)), ("bb", "a</s>", ([1, 1], [0, 3], False)), ("aba", "bb", ([2], [2, 1, 3], True))],
 )
 def test_tokens_that_merge_over_the_boundary_go_to_the_completion(prompt, completion, expected):
-    row = tokenize_records([record(prompt, completion)], merging_tokenizer(), num_proc=None)[0]
-    assert (row["prompt_ids"], row["completion_ids"], row["boundary_merged"]) == expected
+    assert tokenize([record(prompt, completion)], merging_tokenizer()) == [expected]
 
 
 def test_a_template_that_ends_the_prompt_differently_moves_the_boundary():
     template = TEMPLATE.replace("assistant :{% endif %}", "assistant : more{% endif %}")
-    row = tokenize_records([CHAT], word_tokenizer(chat_template=template), num_proc=None)[0]
-    assert row == {"prompt_ids": ids("user : ask </s> assistant :"), "completion_ids": ids("good </s>"), "boundary_merged": True}
+    assert tokenize([CHAT], word_tokenizer(chat_template=template)) == [(ids("user : ask </s> assistant :"), ids("good </s>"), True)]
 
 
-@pytest.mark.parametrize("num_proc", [1, 2, 3, 50])
-def test_the_number_of_workers_changes_nothing(num_proc):
-    records = [record("ask " * (index % 5 + 1), "good", f"x:{index}") if index % 3 else record([("user", "more " * index)], "bad") for index in range(10)]
-    alone = tokenize_records(records, word_tokenizer(), num_proc=None)
-    assert alone["prompt_ids"][3] == ids("user : more more more </s> assistant :")
-    assert tokenize_records(records, word_tokenizer(), num_proc=num_proc).to_list() == alone.to_list()
+def test_the_backend_gives_what_the_tokenizer_gives():
+    rng = np.random.default_rng(0)
+    tokenizer = word_tokenizer()
+    texts = [" ".join(rng.choice(WORDS + ["", "other", "</s>"], size=20)) for _ in range(50)]
+    encode = tokenization._encoder(tokenizer)
+    assert encode.__name__ == "through_backend"
+    for special in (True, False):
+        assert encode(texts, special) == [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_template_that_refuses_a_row_is_reported_with_the_row(num_proc):
-    with pytest.raises(UserError) as caught:
-        tokenize_records([CHAT, TEXT, CHAT, SYSTEM], word_tokenizer(), num_proc=num_proc)
-    assert caught.value.where == "rows.jsonl:8"
-    assert "TemplateError: 'System role not supported'" in caught.value.what
-    assert str(caught.value).count("remedy:") == 1
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself():
+    class Appending(PreTrainedTokenizerFast):
+        def __call__(self, texts, **options):
+            return {"input_ids": [row + [1] for row in super().__call__(texts, **options)["input_ids"]]}
+
+    tokenizer = Appending(tokenizer_object=word_tokenizer().backend_tokenizer, unk_token="<unk>", eos_token="</s>")
+    encode = tokenization._encoder(tokenizer)
+    assert encode.__name__ == "through_tokenizer"
+    assert encode(["ask"], True) == [[*ids("<s> ask"), 1]]
+    assert encode([], True) == []
+
+
+SENTENCES = ["What is the capital of France?", "Paris.", " déjà vu 漢字 🙂 ", "two\n\nlines ", "<|im_end|>", "<|im_", "start|>x", "<b>", "a<b>c ", ""]
+SPECIAL = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", "<b>"]
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PLAIN_TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def trained_tokenizer(kind):
+    """The ways in which the common families of models cut text before their merges."""
+    trainer = trainers.UnigramTrainer if kind == "unigram" else trainers.BpeTrainer
+    backend = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=kind == "llama"))
+    if kind == "byte level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif kind == "prefix space":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif kind == "llama":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if kind == "metaspace first" else "always")
+    options = {"unk_token": "<unk>"} if kind == "unigram" else {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    backend.train_from_iterator(SENTENCES[:4] * 3, trainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False, **options))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", additional_special_tokens=SPECIAL[2:])
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN_TURNS])
+@pytest.mark.parametrize("kind", ["byte level", "prefix space", "llama", "metaspace first", "metaspace always", "unigram"])
+def test_ids_of_a_prompt_taken_from_the_whole_are_its_own(kind, template):
+    tokenizer = trained_tokenizer(kind)
+    tokenizer.chat_template = template
+    rng = np.random.default_rng(0)
+
+    def text():
+        return "".join(rng.choice(SENTENCES, size=rng.integers(1, 4)))
+
+    rows = [record([("user", text()), ("assistant", text()), ("user", text())], text() or "x") for _ in range(200)]
+    row_tokenizer = RowTokenizer(tokenizer)
+    found = tokenize(rows, tokenizer)
+    for row, (prompt_ids, completion_ids, merged) in zip(rows, found):
+        alone = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=True, return_dict=False)
+        boundary = next((place for place, (one, other) in enumerate(zip(alone, whole)) if one != other), min(len(alone), len(whole)))
+        assert (prompt_ids, completion_ids, merged) == (whole[:boundary], whole[boundary:], boundary < len(alone))
+    if template is CHATML:  # the short way is the one that was taken
+        prompt = tokenizer.apply_chat_template(CHAT.prompt, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(CHAT.prompt + CHAT.completion, tokenize=False)
+        place, index = row_tokenizer._last_cut(CHAT, prompt, whole, np.array(tokenizer(whole, add_special_tokens=False)["input_ids"]))
+        assert prompt[place:] == "<|im_start|>assistant\n" and index > 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([record("ask </s>", " good")], [True]),
+        ([record("ask", " good </s>")], [False]),  # an end of text that ends the completion is meant
+        ([record("ask", " <unk> good </s>")], [True]),
+        ([record([("user", "ask <unk> x")], "good")], [True]),
+        ([CHAT], [False]),
+    ],
+)
+def test_special_tokens_in_the_text_are_noticed(rows, expected):
+    found = RowTokenizer(word_tokenizer()).tokenize(rows)
+    assert [row.has_special_text for row in found] == expected
+    strict = RowTokenizer(word_tokenizer(), TextRules(special_tokens_in_text="error")).tokenize(rows)
+    assert [isinstance(row, UserError) and "spells the special token" in row.what for row in strict] == expected
+
+
+def test_a_template_that_refuses_a_row_is_reported_with_the_row():
+    found = tokenize([CHAT, TEXT, SYSTEM], word_tokenizer())
+    assert [isinstance(row, UserError) for row in found] == [False, False, True]
+    assert found[2].where == "rows.jsonl:8"
+    assert "TemplateError: 'System role not supported'" in found[2].what
+    assert str(found[2]).count("remedy:") == 1
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ messages[0].nothing.at_all }}", "{% for %}", {"rag": TEMPLATE}])
 def test_a_broken_template_is_reported_with_the_row(template):
-    with pytest.raises(UserError, match="^rows.jsonl:1: the chat template refuses the row: "):
-        tokenize_records([CHAT], word_tokenizer(chat_template=template), num_proc=None)
+    (error,) = tokenize([CHAT], word_tokenizer(chat_template=template))
+    assert str(error).startswith("rows.jsonl:1: the chat template refuses the row: ")
+
+
+def test_a_template_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(tokenization, "MAX_TEMPLATE_SECONDS", 0.2)
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    begin = time.monotonic()
+    (error,) = tokenize([CHAT], word_tokenizer(chat_template=template))
+    assert "TimeoutError: 'it took more than 0.2 seconds'" in error.what
+    assert time.monotonic() - begin < 5
+
+
+def test_a_template_that_writes_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenization, "MAX_RENDERED_CHARACTERS", 1000)
+    (error,) = tokenize([CHAT], word_tokenizer(chat_template="{{ 'ask ' * 5000 }}"))
+    assert "it makes 20000 characters of one row, more than 1000" in error.what
 
 
 @pytest.mark.parametrize(
@@ -122,26 +228,27 @@ def test_a_broken_template_is_reported_with_the_row(template):
     ],
 )
 def test_a_row_without_a_prompt_or_completion_token_is_refused(bad, tokenizer, what):
-    with pytest.raises(UserError, match=f"^rows.jsonl:1: {what}"):
-        tokenize_records([bad], tokenizer, num_proc=None)
+    (error,) = tokenize([bad], tokenizer)
+    assert str(error).startswith(f"rows.jsonl:1: {what}")
 
 
-def test_a_missing_chat_template_is_found_before_any_work():
+def test_a_missing_chat_template_is_reported_with_the_row():
     tokenizer = word_tokenizer(chat_template=None)
     tokenizer.name_or_path = "models/tiny"
-    with pytest.raises(UserError, match="^rows.jsonl:8: .*the tokenizer 'models/tiny' has none\n  remedy: add a chat_template.jinja"):
-        tokenize_records([TEXT, SYSTEM, CHAT], tokenizer, num_proc=None)
-
-
-def test_a_tokenizer_without_eos_is_refused():
-    with pytest.raises(UserError, match="^model.path: .*no eos_token"):
-        tokenize_records([TEXT], word_tokenizer(eos_token=None), num_proc=None)
+    error = tokenize([TEXT, SYSTEM], tokenizer)[1]
+    assert str(error).startswith("rows.jsonl:8: a row of messages needs a chat template, and the tokenizer 'models/tiny' has none\n  remedy: add a chat_template.jinja")
 
 
 def test_a_saved_tokenizer_is_loaded(tmp_path):
     word_tokenizer().save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path), revision=None, trust_remote_code=False)
-    assert tokenize_records([CHAT, TEXT], loaded, num_proc=None).to_list() == tokenize_records([CHAT, TEXT], word_tokenizer(), num_proc=None).to_list()
+    assert tokenize([CHAT, TEXT], loaded) == tokenize([CHAT, TEXT], word_tokenizer())
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    word_tokenizer(eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="^model.path: .*no eos_token"):
+        load_tokenizer(str(tmp_path), revision=None, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("damage", [None, "{", '{"a": 1}', "\x00"])
@@ -154,19 +261,17 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, damage):
 
 
 def test_a_missing_folder_is_refused():
-    with pytest.raises(UserError, match="cannot load the tokenizer '/missing/model'"):
+    with pytest.raises(UserError, match="^model.path: cannot load the tokenizer '/missing/model': no such folder"):
         load_tokenizer("/missing/model", revision=None, trust_remote_code=False)
 
 
 @pytest.mark.skipif(not (SHARED / "golden" / "kto.json").exists(), reason="the shared golden file is not here")
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_the_ids_are_those_of_trl(num_proc):
+def test_the_ids_are_those_of_trl():
     golden = json.loads((SHARED / "golden" / "kto.json").read_text())
     rows = json.loads((SHARED / "data" / "kto_en_demo.json").read_text())[:120]
     tokenizer = load_tokenizer(str(SHARED / "golden" / "tokenizer"), revision=None, trust_remote_code=False)
     records = [record for index, row in enumerate(rows) for record in to_records(row, f"row {index}")]
-    tokenized = tokenize_records(records, tokenizer, num_proc=num_proc).to_list()
-    kept = [(row, record) for row, record in zip(tokenized, records) if len(row["prompt_ids"]) < golden["max_length"]]
+    kept = [(row, record) for row, record in zip(tokenize(records, tokenizer), records) if len(row[0]) < golden["max_length"]]
     assert len(kept) == golden["rows_kept"]
-    for (row, record), example in zip(kept, golden["examples"]):
-        assert (row["prompt_ids"], row["completion_ids"], record.desirable) == (example["prompt_ids"], example["completion_ids"], example["label"])
+    for ((prompt_ids, completion_ids, _), record), example in zip(kept, golden["examples"]):
+        assert (prompt_ids, completion_ids, record.desirable) == (example["prompt_ids"], example["completion_ids"], example["label"])

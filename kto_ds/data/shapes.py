@@ -1,0 +1,138 @@
+"""Which kind of row is this? SHAPES lists the rows that are read; a table may call the fields otherwise."""
+
+import dataclasses
+from functools import cache
+from typing import NamedTuple
+
+from kto_ds.config import FIELDS
+from kto_ds.errors import UserError, excerpt
+
+SECOND_NAMES = {"conversations": "messages", "conversation": "messages", "kto_tag": "label"}
+NAMES = (*FIELDS, "conversation")
+# Every shape may have these; with plain text they are refused where the records are made.
+TEMPLATE_FIELDS = frozenset({"system", "tools", "chat_template_kwargs"})
+
+
+class Shape(NamedTuple):
+    """The fields of one kind of row: those it must have, those that would make it another kind, and those it may have."""
+
+    text: str
+    needs: frozenset[str]
+    lacks: frozenset[str]
+    may_have: frozenset[str]
+
+
+def _shape(text: str, *, lacks: str = "", may_have: str = "") -> Shape:
+    return Shape(text, frozenset(text.split(", ")), frozenset(lacks.split()), frozenset(may_have.split()) | TEMPLATE_FIELDS)
+
+
+SHAPES = (
+    _shape("prompt, completion, label"),
+    _shape("messages, label"),
+    _shape("prompt, chosen, rejected"),
+    _shape("chosen, rejected", lacks="prompt messages instruction"),  # the prompt is what both start with
+    _shape("messages, chosen, rejected", lacks="prompt"),
+    _shape("instruction, output, label", may_have="input history"),
+    _shape("instruction, chosen, rejected", may_have="input history"),
+    _shape("prompt, output, label"),
+    _shape("prompt, output_A, output_B, label"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRules:
+    """What a source says about its rows."""
+
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # our field -> the table's column
+    label_map: dict | None = None  # the table's label -> true or false
+
+
+class Row(NamedTuple):
+    """A row by our names for its fields, without those that are null. `columns` has the table's name of each."""
+
+    values: dict[str, object]
+    columns: dict[str, str]
+    raw: dict
+    where: str
+    rules: RowRules
+
+    def name(self, field: str) -> str:
+        """Return how messages call a field: as the table does, and as we do too where the source maps one to the other."""
+        column = self.columns.get(field) or _mapped(self.rules).get(field, field)
+        return column if column in NAMES else f"{field} (column {excerpt(column)})"
+
+
+def by_our_names(row: dict, where: str, rules: RowRules) -> Row:
+    """Return the row with our names for its fields. A column that is mapped to one field is no other field besides."""
+    mapped = _mapped(rules) if rules.columns else {}
+    taken = mapped.values()
+    columns = {ours: column for ours, column in mapped.items() if row.get(column) is not None}
+    for name in NAMES:
+        # Tables fill the cells that a row does not have with null.
+        if name in row and row[name] is not None:
+            ours = SECOND_NAMES.get(name, name)
+            if ours not in columns and ours not in mapped and name not in taken:
+                columns[ours] = name
+    return Row({ours: row[column] for ours, column in columns.items()}, columns, row, where, rules)
+
+
+def text_of(row: Row, field: str) -> str:
+    """Return a field that can only be text, empty where the row lacks it."""
+    value = row.values.get(field, "")
+    if not isinstance(value, str):
+        raise UserError(f"{row.name(field)}: expected text, found {excerpt(value)}", where=row.where, remedy="write it as text")
+    return value
+
+
+def shape_of(row: Row) -> Shape:
+    """Return the one shape that the row's fields fit. Raises UserError if none does, or several."""
+    fits = fitting(frozenset(row.values))
+    if not fits:
+        _refuse_unknown(row)
+    if len(fits) > 1:
+        both = "; ".join(shape.text for shape in fits)
+        raise UserError(f"fields of more than one shape: {both}; found {_listed(row.raw)}", where=row.where, remedy="keep the fields of one shape")
+    if not row.raw.keys().isdisjoint(SECOND_NAMES):
+        _refuse_two_names(row, fits[0])
+    return fits[0]
+
+
+@cache
+def fitting(present: frozenset[str]) -> tuple[Shape, ...]:
+    """Return the shapes that a row with these fields may have."""
+    # A row that lacks nothing but its label is told so, or has a label in each rated turn.
+    return _complete(present) or tuple(shape for shape in SHAPES if shape.needs - {"label"} <= present and not shape.lacks & present)
+
+
+def _complete(present: frozenset[str]) -> tuple[Shape, ...]:
+    return tuple(shape for shape in SHAPES if shape.needs <= present and not shape.lacks & present)
+
+
+def _mapped(rules: RowRules) -> dict[str, str]:
+    return {SECOND_NAMES.get(name, name): column for name, column in rules.columns.items()}
+
+
+def _refuse_unknown(row: Row) -> None:
+    empty = [column for column, value in row.raw.items() if value is None]
+    filled = by_our_names({column: "" if value is None else value for column, value in row.raw.items()}, row.where, row.rules)
+    if len(shapes := _complete(frozenset(filled.values))) == 1:
+        null = next(field for field in shapes[0].text.split(", ") if field not in row.values)
+        remedy = f"give it a value, or remove the row; its shape is {shapes[0].text}"
+        raise UserError(f"{filled.name(null)}: expected a value, found None", where=row.where, remedy=remedy)
+    found = f"found {_listed(row.raw)}" + (f", of which {excerpt(empty)} null" if empty else "")
+    if missing := [column for column in row.rules.columns.values() if column not in row.raw]:
+        found += f"; columns names {excerpt(missing)}, which the row lacks"
+    remedy = f"give {'; or '.join(shape.text for shape in SHAPES)}; the source's columns can say how a table calls them"
+    raise UserError(f"fields of no known shape: {found}", where=row.where, remedy=remedy)
+
+
+def _refuse_two_names(row: Row, shape: Shape) -> None:
+    mapped = _mapped(row.rules)
+    for field in (shape.needs & set(SECOND_NAMES.values())) - mapped.keys():
+        given = [name for name in NAMES if SECOND_NAMES.get(name, name) == field and row.raw.get(name) is not None and name not in mapped.values()]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)}: names of one field, found {len(given)}", where=row.where, remedy=f"keep {' or '.join(given)}")
+
+
+def _listed(raw: dict) -> str:
+    return excerpt(list(raw))

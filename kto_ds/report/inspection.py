@@ -1,0 +1,117 @@
+"""How an inspected dataset is written to a terminal or a pipe: escapes, tables of counts, the fill of micro-batches.
+
+Whatever comes out of the data is escaped here before it is printed, and colour only repeats what the text says.
+"""
+
+import os
+import sys
+from io import TextIOWrapper
+from typing import NamedTuple
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS_WITHOUT_TERMINAL = 120
+MICRO_BATCHES_SHOWN = 48
+BAR_CELLS = 20
+
+
+class Fill(NamedTuple):
+    """One micro-batch of one rank; ranks from 0, micro-batches from 1. Without units it is a filler."""
+
+    rank: int
+    number: int
+    units: int
+    prompts: int  # distinct ones
+    pairs: int
+    tokens: int  # real ones
+    used: int  # of the token budget, padding included
+
+
+def open_console() -> Console:
+    """Return a console on standard output that decides on colours by itself: none in a pipe, nor where NO_COLOR is set."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a character, its code point is shown
+    # In a pipe nobody has said how wide a line may be, and rich would take 80 columns.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else COLUMNS_WITHOUT_TERMINAL
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def visible(text: str) -> str:
+    """Return `text` with a sign at the end of each line, and escapes for all that does not print: control, format and bidirectional characters."""
+    return "".join(char if char.isprintable() else "⏎\n" if char == "\n" else char.encode("unicode_escape").decode() for char in text)
+
+
+def in_one_line(text: str) -> str:
+    """The same for names, which have one line."""
+    return visible(text).replace("⏎\n", "\\n")
+
+
+def counts_by_split(report: dict[str, dict]) -> Table:
+    """Return the counts of all splits side by side; those of their sources are left out."""
+    return _table("", {name: _flatten({key: value for key, value in counts.items() if key != "sources"}) for name, counts in report.items()})
+
+
+def counts_by_source(split: str, sources: list[dict]) -> Group:
+    """Return the paths of a split's sources, numbered, and a line of counts for each number: many may be listed, and paths are long."""
+    paths = [source["path"] + (f", split {source['split']}" if source["split"] else "") for source in sources]
+    lines = [Text(f"{number}. {in_one_line(path)}", no_wrap=True, overflow="ignore") for number, path in enumerate(paths, start=1)]
+    columns: dict[str, dict] = {}
+    for number, source in enumerate(sources, start=1):
+        for key, value in _flatten({key: value for key, value in source.items() if key not in ("path", "split")}).items():
+            columns.setdefault(key, {})[f"{number}."] = value
+    return Group(Text(f"\nsources of {in_one_line(split)}", style="bold"), *lines, _table("", columns))
+
+
+def _table(first: str, columns: dict[str, dict[str, object]]) -> Table:
+    """Return a table with a row for every key that any column has; `first` heads the column of the keys."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(in_one_line(first), overflow="fold")
+    for name in columns:
+        table.add_column(in_one_line(name), justify="right", vertical="bottom", overflow="fold")
+    for key in dict.fromkeys(key for column in columns.values() for key in column):
+        table.add_row(in_one_line(key), *(_written(column.get(key, "")) for column in columns.values()))
+    return table
+
+
+def _flatten(counts: dict, prefix: str = "") -> dict[str, object]:
+    """Return nested counts as one mapping, its keys in words."""
+    flat: dict[str, object] = {}
+    for key, value in counts.items():
+        words = prefix + key.replace("_", " ")
+        flat.update(_flatten(value, f"{words}: ") if isinstance(value, dict) else {words: value})
+    return flat
+
+
+def _written(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return in_one_line(str(value)) if not isinstance(value, list) else ", ".join(map(_written, value)) or "none"
+
+
+def fill_table(title: str, fills: list[Fill], *, num_prompts: int, max_tokens: int, ascii_only: bool) -> Table:
+    """Return a line a micro-batch, up to MICRO_BATCHES_SHOWN, and the total of all; `num_prompts` distinct prompts are in them together."""
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0), header_style="bold")
+    for column in ("rank", "micro-batch", "units", "prompts", "pairs", "tokens"):
+        table.add_column(column, justify="right")
+    table.add_column(f"of {max_tokens:,} tokens a micro-batch", no_wrap=True)
+    for fill in fills[:MICRO_BATCHES_SHOWN]:
+        bar = _bar(fill.used / max_tokens, ascii_only) if fill.units else "filler: keeps the ranks in step, scores nothing"
+        table.add_row(*(f"{count:,}" for count in fill[:6]), Text(bar, style="" if fill.units else "dim"))
+    if len(fills) > MICRO_BATCHES_SHOWN:
+        table.add_row("...", *[""] * 5, f"{len(fills) - MICRO_BATCHES_SHOWN:,} more micro-batches")
+    total = Fill(*(sum(column) for column in zip(*fills, strict=True)))
+    counts = (len(fills), total.units, num_prompts, total.pairs, total.tokens)
+    table.add_row("all", *(f"{count:,}" for count in counts), _bar(total.used / (max_tokens * len(fills)), ascii_only), style="bold")
+    return table
+
+
+def _bar(share: float, ascii_only: bool) -> str:
+    full, empty = "#." if ascii_only else "█░"
+    cells = min(round(BAR_CELLS * share), BAR_CELLS)
+    return f"{full * cells}{empty * (BAR_CELLS - cells)} {share:>4.0%}{' too long' if share > 1 else ''}"
