@@ -40,7 +40,7 @@ def split_report(rows: Rows, split: SplitIndex, train_prompt_keys: np.ndarray | 
         "control_characters": int(rows.has_control_characters.sum()),
         "duplicates": duplicates,
         "contradictions": contradictions,
-        **({} if train_prompt_keys is None else {"rows_with_training_prompts": int(_contained(rows.prompt_keys, train_prompt_keys).sum())}),
+        **({} if train_prompt_keys is None else {"examples_with_training_prompts": int(_contained(rows.prompt_keys, train_prompt_keys).sum())}),
     }
 
 
@@ -51,7 +51,7 @@ def source_reports(rows: Rows, split: SplitIndex, source_of_file: np.ndarray, nu
     reports = []
     for source in range(num_sources):
         mine = source_of_example == source
-        counts = {"usable_rows": int((source_of_row == source).sum()), "examples": int(mine.sum()), "desirable": int(split.rows.desirable[mine].sum())}
+        counts = {"usable_examples": int((source_of_row == source).sum()), "examples": int(mine.sum()), "desirable": int(split.rows.desirable[mine].sum())}
         means = {"mean_prompt_tokens": prompts[mine], "mean_completion_tokens": completions[mine]}
         means = {name: round(float(values.mean()), 1) for name, values in means.items() if len(values)}
         reports.append({**counts, "undesirable": counts["examples"] - counts["desirable"], **means})

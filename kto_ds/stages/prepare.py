@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumable_folder, seal
-from kto_ds.config import DataConfig, RunConfig, SourceConfig
+from kto_ds.config import DataConfig, LossConfig, RunConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
+from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, check_rows, refuse_bad_rows, tokenize_rows
 from kto_ds.data.records import RowRules
 from kto_ds.data.segments import Limits, load_notes
@@ -21,11 +22,12 @@ from kto_ds.data.sources import list_files
 from kto_ds.data.split_report import source_reports, split_report
 from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
-from kto_ds.errors import UserError
+from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, tokenization_identity
 
+TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 SEGMENTS = "segments"  # in the unfinished artefact
 REPORT = "data_report.json"
 REJECTED = "rejected_rows.jsonl"
@@ -38,11 +40,11 @@ REMARKS = {
     "truncated_prompts": "truncated prompts: {} (cut to data.max_prompt_length)",
     "truncated_completions": "truncated completions: {} (their end is lost, and with it the token that ends a turn)",
     "boundary_merges": "merged boundaries: {} (the completion begins inside the prompt's last token)",
-    "special_token_text": "warning: rows whose text spells special tokens: {} (the tokenizer takes them for control tokens)",
-    "control_characters": "warning: rows with control characters: {}",
-    "duplicates": "warning: repeated rows: {} (prompt, completion and label of an earlier row)",
-    "contradictions": "warning: rows whose prompt and completion occur with both labels: {}",
-    "rows_with_training_prompts": "warning: rows whose prompt is trained on too: {}",
+    "special_token_text": "warning: examples whose text spells special tokens: {} (the tokenizer takes them for control tokens)",
+    "control_characters": "warning: examples with control characters: {}",
+    "duplicates": "warning: repeated examples: {} (prompt, completion and label of an earlier one)",
+    "contradictions": "warning: examples whose prompt and completion occur with both labels: {}",
+    "examples_with_training_prompts": "warning: examples whose prompt is trained on too: {}",
 }
 
 
@@ -88,7 +90,7 @@ def main(config: RunConfig) -> None:
             report = {name: _report(name, split, splits["train"]) for name, split in splits.items()}
             _write(folder, splits, report, tokenized)
             seal(folder, {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}, describe_folder(folder))
-    _print_report(report)
+    _print_report(report, config.loss)
     print(f"dataset artefact: {config.dataset_dir}; look at it with kto-ds inspect")
 
 
@@ -224,28 +226,44 @@ def _write(folder: Path, splits: dict[str, Split], report: dict, tokenized: dict
     shutil.rmtree(folder / SEGMENTS)
 
 
-def _print_report(report: dict) -> None:
+def _print_report(report: dict, loss: LossConfig) -> None:
     for name, counts in report.items():
         print(
             f"{name}: {counts['examples']:,} examples ({counts['desirable']:,} desirable, {counts['undesirable']:,} undesirable) of {counts['rows']:,} rows, "
             f"{counts['distinct_prompts']:,} prompts, {counts['tokens']:,} tokens, {counts['kl_groups']:,} KL groups"
         )
-        for line in _remarks(name, counts):
+        for line in _remarks(counts):
             print(f"  {line}")
+        if name == "train" and (advice := _weights_advice(counts, loss)):
+            print(f"  {advice}")
 
 
-def _remarks(name: str, counts: dict) -> Iterator[str]:
+def _remarks(counts: dict) -> Iterator[str]:
     """Yield what a user should know about a split, one line each."""
     for key, remark in REMARKS.items():
         if count := counts.get(key):
             yield remark.format(f"{count:,}")
     if counts["unused_fields"]:
-        yield f"unused: fields {', '.join(counts['unused_fields'])}"
+        yield f"unused: fields {', '.join(map(_printable, counts['unused_fields']))}"
     if not (counts["desirable"] and counts["undesirable"]):
         yield "warning: all examples have the same label"
-    elif name == "train" and set(counts["recommended_weights"].values()) != {1.0}:
-        weights = counts["recommended_weights"]
-        yield (
-            f"labels are out of balance: desirable_weight {weights['desirable_weight']:.3g} and undesirable_weight {weights['undesirable_weight']:.3g} "
-            "would balance them (arXiv 2402.01306, Eq. 8); loss.desirable_weight: auto and loss.undesirable_weight: auto set them"
-        )
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else excerpt(text)
+
+
+def _weights_advice(counts: dict, loss: LossConfig) -> str:
+    """Return what to do about labels that the weights of the loss leave out of balance, or nothing."""
+    found = counts["desirable"], counts["undesirable"]
+    weights = recommended_weights(*found, loss.desirable_weight, loss.undesirable_weight)
+    if not all(found):
+        return ""
+    ratio = weight_ratio(*found, *weights)
+    if LEAST_RATIO / TOLERANCE <= ratio <= LARGEST_RATIO * TOLERANCE:
+        return ""
+    desirable, undesirable = recommended_weights(*found, "auto", "auto")
+    return (
+        f"note: weighted by the loss, desirable examples count {ratio:.3g} times as much as undesirable ones, beyond 1 to 4/3 (arXiv 2402.01306, Eq. 8); "
+        f"desirable_weight {desirable:.3g} and undesirable_weight {undesirable:.3g} would balance them, and so would auto"
+    )

@@ -172,8 +172,8 @@ def test_the_report_counts_repeats_contradictions_and_cuts():
     assert report["recommended_weights"] == {"desirable_weight": 1.0, "undesirable_weight": pytest.approx(3.75)}  # 5 / 3.75 = 4/3
     assert (report["truncated_prompts"], report["truncated_completions"]) == (0, 1)
     assert report["longest_tokens"] == 8 and report["example_tokens"]["max"] == 8
-    assert report["rows_with_training_prompts"] == 2
+    assert report["examples_with_training_prompts"] == 2
     assert report["tokens"] == 3 * 3 + 3 + 3 + 8
     by_source = source_reports(rows, index, np.array([0]), 2)
-    assert by_source[0]["examples"] == 6 and by_source[1] == {"usable_rows": 0, "examples": 0, "desirable": 0, "undesirable": 0}
+    assert by_source[0]["examples"] == 6 and by_source[1] == {"usable_examples": 0, "examples": 0, "desirable": 0, "undesirable": 0}
     assert set(INDEX) < set(rows._fields)

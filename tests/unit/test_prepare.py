@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from tests.distributed.runs import ROOT, conversation, environment, number_tokenizer, write_config, write_rows
 
 VOCAB_SIZE = 60
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +153,8 @@ def test_named_evaluation_splits_and_held_out_prompts(tmp_path, model, capsys):
     held_out, trained = set(prompts_of(dataset, "eval/held_out")), set(prompts_of(dataset, "train"))
     assert len(held_out) == 20 and len(trained) == 80 and not held_out & trained
     leaked = sum(prompt in trained for prompt in prompts_of(dataset, "eval/leaking"))
-    assert report["eval/leaking"]["rows_with_training_prompts"] == leaked > 0
-    assert f"warning: rows whose prompt is trained on too: {leaked}" in capsys.readouterr().out
+    assert report["eval/leaking"]["examples_with_training_prompts"] == leaked > 0
+    assert f"warning: examples whose prompt is trained on too: {leaked}" in capsys.readouterr().out
     assert [source["path"] for source in report["eval/both"]["sources"]] == [str(first), str(second)]
 
 
@@ -168,7 +170,7 @@ def test_sources_with_weights_columns_and_labels_of_their_own(tmp_path, model):
     ]
     dataset = prepare(config_of(tmp_path, model, train=sources))
     by_source = report_of(dataset)["train"]["sources"]
-    assert [(source["rows"], source["usable_rows"], source["examples"]) for source in by_source] == [(30, 30, 60), (20, 20, 10)]
+    assert [(source["rows"], source["usable_examples"], source["examples"]) for source in by_source] == [(30, 30, 60), (20, 20, 10)]
     split = TokenizedSplit.load(dataset / "train")
     names = [split.row_name(example) for example in range(split.num_examples)]
     assert names[10] == f"{tmp_path}/parts/1.jsonl:1" and names.count(names[10]) == 2
@@ -228,4 +230,51 @@ def test_repeats_and_contradictions_are_told(tmp_path, model, capsys):
     report = report_of(prepare(config_of(tmp_path, model, train=[{"path": str(path)}], kl_group_size=2)))["train"]
     assert (report["duplicates"], report["contradictions"], report["unused_fields"]) == (1, 3, ["id"])
     out = capsys.readouterr().out
-    assert "warning: repeated rows: 1 (" in out and "occur with both labels: 3" in out and "unused: fields id" in out
+    assert "warning: repeated examples: 1 (" in out and "occur with both labels: 3" in out and "unused: fields id" in out
+
+
+@pytest.mark.skipif(not (SHARED / "golden" / "kto.json").exists(), reason="the shared files are not here")
+def test_real_rows_with_a_config_of_a_few_lines_have_the_ids_of_trl(tmp_path):
+    golden = json.loads((SHARED / "golden" / "kto.json").read_text())
+    (tmp_path / "model").mkdir()
+    for path in [*(SHARED / "golden" / "tokenizer").iterdir(), SHARED / "golden" / "model" / "config.json"]:
+        shutil.copy(path, tmp_path / "model")
+    for name in ("kto_en_demo", "dpo_en_demo"):  # labelled conversations, and ShareGPT pairs
+        (tmp_path / f"{name}.yaml").write_text(f"""\
+output_dir: {tmp_path / name}
+model: {{path: {tmp_path / "model"}}}
+data:
+  train: [{{path: {SHARED / "data" / name}.json}}]
+  max_length: {golden["max_length"]}
+  shuffle: false
+""")
+    split = TokenizedSplit.load(prepare(tmp_path / "kto_en_demo.yaml") / "train")
+    for example, expected in enumerate(golden["examples"]):
+        assert split.prompt(split.prompt_of[example]).tolist() == expected["prompt_ids"]
+        assert split.completion(example).tolist() == expected["completion_ids"][: golden["max_length"] - len(expected["prompt_ids"])]
+        assert split.desirable[example] == expected["label"]
+
+    dataset = prepare(tmp_path / "dpo_en_demo.yaml")
+    report, pairs = report_of(dataset)["train"], TokenizedSplit.load(dataset / "train")
+    rows = json.loads((SHARED / "data" / "dpo_en_demo.json").read_text())
+    assert report["rows"] == len(rows) and report["examples"] + report["dropped_examples"] == 2 * len(rows) and report["desirable"] == report["undesirable"]
+    assert (pairs.prompt_of[::2] == pairs.prompt_of[1::2]).all() and pairs.desirable[::2].all() and not pairs.desirable[1::2].any()
+
+
+@pytest.mark.parametrize(
+    ("num_desirable", "loss", "expected"),
+    [
+        (20, {}, ""),
+        (30, {}, "count 3 times as much as undesirable ones"),
+        (30, {}, "desirable_weight 1 and undesirable_weight 2.25 would balance them, and so would auto"),
+        (30, {"undesirable_weight": "auto"}, ""),
+        (30, {"undesirable_weight": 2.5}, ""),
+        (10, {"desirable_weight": 2}, "count 0.667 times as much as undesirable ones"),
+    ],
+)
+def test_labels_out_of_balance_are_told_unless_the_loss_balances_them(tmp_path, model, capsys, num_desirable, loss, expected):
+    rows = [{**row, "label": number < num_desirable} for number, row in enumerate(random_rows(40))]
+    config = config_of(tmp_path, model, train=[{"path": str(write_rows(tmp_path / "rows.jsonl", rows))}])
+    assert cli.run(["prepare", "--config", str(config), *(part for name, value in loss.items() for part in (f"--loss.{name}", str(value)))]) == 0
+    out = capsys.readouterr().out
+    assert expected in out and ("Eq. 8" in out) is bool(expected)
