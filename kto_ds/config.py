@@ -10,7 +10,6 @@ from pydantic_settings import NoDecode
 
 from kto_ds.errors import excerpt
 
-
 # What a row may hold. A source's `columns` says under which name its table has a field; records.py says which of them make a row.
 FIELDS = (
     "prompt", "completion", "label", "chosen", "rejected", "messages", "conversations", "tools", "chat_template_kwargs", "system",

@@ -14,7 +14,7 @@ from kto_ds.data.segments import Limits, Row, is_whole, load_notes, make_segment
 from kto_ds.data.sources import Block, read_blocks
 from kto_ds.data.tokenization import RowTokenizer
 from kto_ds.data.workers import Workers
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError
 
 # C0 and DEL without tab, line feed and carriage return.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")

@@ -9,7 +9,6 @@ from pathlib import Path
 from kto_ds.artifacts import write_atomically
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError
 
-
 LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumable_folder, seal
-from kto_ds.config import DataConfig, LossConfig, RunConfig, SourceConfig
+from kto_ds.config import HELD_OUT, DataConfig, LossConfig, RunConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, check_rows, refuse_bad_rows, tokenize_rows
@@ -28,6 +28,7 @@ from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_c
 from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, tokenization_identity
 
 TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
+HELD_OUT_SPLIT = f"eval/{HELD_OUT}"
 SEGMENTS = "segments"  # in the unfinished artefact
 REPORT = "data_report.json"
 REJECTED = "rejected_rows.jsonl"
@@ -70,7 +71,8 @@ def main(config: RunConfig) -> None:
     tokenizer = run_tokenizer(config)
     sources = {"train": config.data.train, **config.data.eval_splits}
     files = {name: _list_files(listed) for name, listed in sources.items()}
-    identity, resume_identity = dataset_identity(config, tokenizer), tokenization_identity(config, tokenizer)
+    identity = dataset_identity(config, tokenizer)
+    resume_identity = {**tokenization_identity(config, tokenizer), "libraries": library_versions()}
     claim_folder(config.output_dir)
 
     with Workers(_tokenizer_source(config), config.data.dataset_num_proc) as workers:
@@ -146,7 +148,7 @@ def _assemble(config: RunConfig, tokenized: dict[str, Tokenized]) -> dict[str, S
     if data.held_out_fraction is not None:
         is_held_out = hold_out(train_rows, data.held_out_fraction, config.seed)
         rows_of["train"] = train, train_rows.select(~is_held_out)
-        rows_of["eval/held_out"] = train, train_rows.select(is_held_out)
+        rows_of[HELD_OUT_SPLIT] = train, train_rows.select(is_held_out)
     splits = {}
     for name, (found, rows) in rows_of.items():
         examples = rows
@@ -154,7 +156,7 @@ def _assemble(config: RunConfig, tokenized: dict[str, Tokenized]) -> dict[str, S
             source_of = np.array([file.source for file in found.files])[rows.file_of]
             examples = rows.select(repeat_by_weight(rows, source_of, [source.weight for source in found.sources], config.seed))
             _require_both_labels(examples, data.allow_one_label)
-        where = "data.held_out_fraction" if name == "eval/held_out" else f"data.{name.replace('/', '.')}"
+        where = "data.held_out_fraction" if name == HELD_OUT_SPLIT else f"data.{name.replace('/', '.')}"
         splits[name] = Split(found, rows, index_split(examples, grouping, where=where))
     return splits
 
@@ -202,6 +204,8 @@ def _report(name: str, split: Split, train: Split) -> dict:
         counts["rejected_rows"] += len(note["bad"])
         counts["dropped_examples"] += len(note["dropped"])
         unused.update(note["unused"])
+    # What was read for the held-out split was read for the training split, and is counted there.
+    read = [{}] * len(read) if name == HELD_OUT_SPLIT else read
     totals = {key: sum(counts[key] for counts in read) for key in read[0]}
     sources = [
         {"path": source.path, "split": source.split, "weight": source.weight, **counts, **more} for source, counts, more in zip(found.sources, read, by_source)
@@ -228,8 +232,9 @@ def _write(folder: Path, splits: dict[str, Split], report: dict, tokenized: dict
 
 def _print_report(report: dict, loss: LossConfig) -> None:
     for name, counts in report.items():
+        rows = "the training rows" if name == HELD_OUT_SPLIT else f"{counts['rows']:,} rows"
         print(
-            f"{name}: {counts['examples']:,} examples ({counts['desirable']:,} desirable, {counts['undesirable']:,} undesirable) of {counts['rows']:,} rows, "
+            f"{name}: {counts['examples']:,} examples ({counts['desirable']:,} desirable, {counts['undesirable']:,} undesirable) of {rows}, "
             f"{counts['distinct_prompts']:,} prompts, {counts['tokens']:,} tokens, {counts['kl_groups']:,} KL groups"
         )
         for line in _remarks(counts):

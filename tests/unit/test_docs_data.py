@@ -142,7 +142,7 @@ def test_every_file_shown_is_prepared(report):
 def test_the_report_is_explained_key_by_key(report):
     section = DATA.read_text(encoding="utf-8").split("data_report.json` holds\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
-    assert [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)] == list(report["eval/held_out"])
+    assert [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)] == [*list(report["train"])[:-2], "examples_with_training_prompts", *list(report["train"])[-2:]]
     explained = dict(rows)
     for key, inner in ((" `kl_group_examples` ", report["train"]["kl_group_examples"]), (" `sources` ", report["train"]["sources"][0])):
         told = set(re.findall(r"`(\w+)`", explained[key]))
