@@ -16,16 +16,17 @@ FILES = sorted((ROOT / "kto_ds").rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A room is a folder of kto_ds, or a file of its top level. kto_ds itself holds only the version, and whoever needs it may have it.
-# cli -> stages -> {data, model, runtime, report, demo} -> {artifacts, config} -> errors, and what the last column says besides.
+# cli -> stages -> {rows, data, model, runtime, report, demo} -> {artifacts, config} -> errors, and what the last column says besides.
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {"stages", "config", "config_text", "errors"},
-    "stages": {"data", "model", "runtime", "report", "demo", "losses", "artifacts", "config", "config_text", "errors"},
+    "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "config", "config_text", "errors"},
     "demo": {"artifacts", "config", "errors"},
     "report": {"artifacts", "config", "errors"},
     "runtime": {"artifacts", "config", "errors"},
     "model": {"artifacts", "config", "errors"},
-    "data": {"artifacts", "config", "errors"},
+    "data": {"rows", "artifacts", "config", "errors"},
+    "rows": {"config", "errors"},
     "artifacts": {"errors"},
     "config": {"errors"},
     "config_text": {"config", "errors"},

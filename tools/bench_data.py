@@ -33,8 +33,8 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import make_units, share_out
-from kto_ds.data.records import to_records
-from kto_ds.data.sources import read_blocks
+from kto_ds.rows.records import to_records
+from kto_ds.rows.sources import read_blocks
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

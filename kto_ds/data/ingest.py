@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from kto_ds.data.records import Record, RowRules, to_records, unused_fields
 from kto_ds.data.segments import Limits, Row, is_whole, load_notes, make_segment, save_segment
-from kto_ds.data.sources import Block, read_blocks
 from kto_ds.data.tokenization import RowTokenizer
 from kto_ds.data.workers import Workers
 from kto_ds.errors import UserError
+from kto_ds.rows.records import Record, RowRules, to_records, unused_fields
+from kto_ds.rows.sources import Block, read_blocks
 
 # C0 and DEL without tab, line feed and carriage return.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kto_ds.data.records import Messages, Record
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.records import Messages, Record
 
 # A chat template is a program from elsewhere; these bounds are far beyond what an honest one needs for one row.
 MAX_TEMPLATE_SECONDS = 10.0

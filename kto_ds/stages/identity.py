@@ -13,10 +13,10 @@ from kto_ds.config import LossConfig, ModelConfig, RunConfig, SourceConfig
 from kto_ds.data.balance import recommended_weights
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import KEY_DTYPE
-from kto_ds.data.sources import list_files
 from kto_ds.data.tokenization import load_tokenizer
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import model_digest
+from kto_ds.rows.sources import list_files
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "datasets")
 

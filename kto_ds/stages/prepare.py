@@ -16,14 +16,14 @@ from kto_ds.config import HELD_OUT, DataConfig, LossConfig, RunConfig, SourceCon
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, check_rows, refuse_bad_rows, tokenize_rows
-from kto_ds.data.records import RowRules
 from kto_ds.data.segments import Limits, load_notes
-from kto_ds.data.sources import list_files
 from kto_ds.data.split_report import source_reports, split_report
 from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
+from kto_ds.rows.records import RowRules
+from kto_ds.rows.sources import list_files
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, tokenization_identity
 

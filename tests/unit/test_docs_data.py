@@ -16,9 +16,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds import cli
 from kto_ds.config import DataConfig, RunConfig, SourceConfig
-from kto_ds.data.records import RowRules, to_records
-from kto_ds.data.shapes import SHAPES
-from kto_ds.data.sources import read_blocks
+from kto_ds.rows.records import RowRules, to_records
+from kto_ds.rows.shapes import SHAPES
+from kto_ds.rows.sources import read_blocks
 from tests.distributed.runs import ROOT, write_config
 
 DATA, README = ROOT / "docs" / "data.md", ROOT / "README.md"

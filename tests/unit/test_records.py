@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kto_ds.config import FIELDS
-from kto_ds.data.records import Record, RowRules, to_records, unused_fields
 from kto_ds.errors import UserError
+from kto_ds.rows.records import Record, RowRules, to_records, unused_fields
 
 SHARED_ROWS = Path(__file__).parents[3] / "shared" / "data"
 

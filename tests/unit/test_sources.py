@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kto_ds.data.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT
-from kto_ds.data.json_rows import read_json_blocks
-from kto_ds.data.sources import list_files, read_blocks
 from kto_ds.errors import UserError
+from kto_ds.rows.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT
+from kto_ds.rows.json_rows import read_json_blocks
+from kto_ds.rows.sources import list_files, read_blocks
 
 ROWS = [{"prompt": "a", "completion": "ü\u2028b", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
 ONE, TWO = (json.dumps(row, ensure_ascii=False) for row in ROWS)

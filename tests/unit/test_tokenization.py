@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from kto_ds.data import tokenization
-from kto_ds.data.records import Record, to_records
 from kto_ds.data.tokenization import RowTokenizer, TextRules, load_tokenizer
 from kto_ds.errors import UserError
+from kto_ds.rows.records import Record, to_records
 
 SHARED = Path(__file__).parents[3] / "shared"
 WORDS = ["<unk>", "<s>", "</s>", "user", "assistant", "system", ":", "ask", "more", "good", "bad"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from kto_ds.data.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_blocks
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_blocks
 
 CSV_LABELS = {"true": True, "True": True, "false": False, "False": False}
 QUOTING = 'put cells that hold commas, quotes or line breaks between " and write " inside them twice'

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import BinaryIO
 
-from kto_ds.data.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_blocks
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_blocks
 
 CHUNK = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

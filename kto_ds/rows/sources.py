@@ -11,11 +11,11 @@ from typing import BinaryIO
 import datasets
 import pyarrow
 
-from kto_ds.data.arrow_rows import TableBlock, read_arrow_blocks, read_parquet_blocks, read_table_blocks
-from kto_ds.data.blocks import MAX_BLOCK_ROWS
-from kto_ds.data.csv_rows import CsvBlock, read_csv_blocks
-from kto_ds.data.json_rows import JsonBlock, read_json_blocks
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.arrow_rows import TableBlock, read_arrow_blocks, read_parquet_blocks, read_table_blocks
+from kto_ds.rows.blocks import MAX_BLOCK_ROWS
+from kto_ds.rows.csv_rows import CsvBlock, read_csv_blocks
+from kto_ds.rows.json_rows import JsonBlock, read_json_blocks
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5": ".zst"}

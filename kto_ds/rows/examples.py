@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kto_ds.data.labels import MEANING, to_label
-from kto_ds.data.messages import AS_MESSAGES, Messages, text_message, to_message, to_messages
-from kto_ds.data.shapes import Row, Shape, text_of
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.labels import MEANING, to_label
+from kto_ds.rows.messages import AS_MESSAGES, Messages, text_message, to_message, to_messages
+from kto_ds.rows.shapes import Row, Shape, text_of
 
 
 class Example(NamedTuple):

@@ -8,8 +8,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from kto_ds.data.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT, TOO_LONG
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT, TOO_LONG
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from kto_ds.data.examples import Example, read_examples
-from kto_ds.data.messages import SYSTEM_ROLES, Messages, has_content, text_message, to_template_kwargs, to_tools
-from kto_ds.data.shapes import Row, RowRules, by_our_names, fitting, shape_of, text_of
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.examples import Example, read_examples
+from kto_ds.rows.messages import SYSTEM_ROLES, Messages, has_content, text_message, to_template_kwargs, to_tools
+from kto_ds.rows.shapes import Row, RowRules, by_our_names, fitting, shape_of, text_of
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from kto_ds.config import RESERVED_TEMPLATE_KWARGS
-from kto_ds.data.json_rows import STRICT_JSON
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.json_rows import STRICT_JSON
 
 Messages = list[dict]  # role and content, and what else a chat template may read; an assistant turn that only calls tools has no content
 
