@@ -175,4 +175,6 @@ def _say(message: str) -> None:
     if rank != "0":
         time.sleep(5)
         message = f"[rank {rank}] {message}"
-    print(message, file=sys.stderr, flush=True)
+    # Keys, paths and the parser's words about them come from files: none may write control codes to a terminal.
+    shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in message)
+    print(shown, file=sys.stderr, flush=True)

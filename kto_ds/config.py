@@ -36,14 +36,16 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-def _refuse_empty(value: object) -> object:
+def _refuse_no_path(value: object) -> object:
     # An empty path is the folder one happens to be in.
     if value == "":
         raise ValueError("a path is expected, not an empty text; name a folder, or leave the key out")
+    if "\0" in str(value):
+        raise ValueError("no path has a NUL character; name a folder")
     return value
 
 
-Folder = Annotated[Path, BeforeValidator(_refuse_empty)]
+Folder = Annotated[Path, BeforeValidator(_refuse_no_path)]
 
 
 # A tag tells pydantic which of two types is meant, so that it explains one only. `explain` leaves the tags out again.

@@ -20,10 +20,12 @@ def read_yaml(path: Path) -> dict:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config: {error.strerror}", where=str(path), remedy="give the path of a YAML file with --config") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # numbers and dates that are none are let out as ValueError
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from error
     if not isinstance(values, dict):
         raise UserError(f"expected a mapping of sections, found {excerpt(values)}", where=str(path))
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"expected the name of a section, found {excerpt(odd[0])}", where=str(path), remedy=SEE_HELP)
     return values
 
 

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds import cli
 from kto_ds.config import FIELDS
-from kto_ds.data import blocks, json_rows
+from kto_ds.rows import blocks, json_rows
 from kto_ds.data.ingest import check_block, tokenize_block
 from kto_ds.data.segments import Limits, Segment, load_arrays, load_notes
 from kto_ds.data.tokenization import RowTokenizer
