@@ -67,10 +67,11 @@ def describe_file(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "digest": file_digest(path)}
 
 
-def describe_folder(folder: Path) -> dict[str, dict]:
-    """Return {relative name: size and digest} of every file below `folder`, but what says how far the folder itself is."""
+def describe_folder(folder: Path, *, besides: Path | None = None) -> dict[str, dict]:
+    """Return {relative name: size and digest} of every file below `folder`, but of what says how far the folder is, and of the subfolder `besides`."""
     own = {folder / MANIFEST, folder / RESUME}
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path not in own}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own and besides not in path.parents)
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
 
 
 def seal(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
@@ -122,17 +123,23 @@ def claim_folder(folder: Path) -> None:
     """Make the folder of a run and keep other runs out of it for as long as this process lives; UserError when one is in it already."""
     if folder.resolve() in _locks:
         return
+    remedy = "wait for it, end it, or choose another output_dir"
+    _locks[folder.resolve()] = _lock(folder / ".lock", where=folder, remedy=remedy)
+
+
+def _lock(path: Path, *, where: Path, remedy: str) -> int:
+    """Return the descriptor that holds a lock; UserError when another process holds it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(folder), remedy="choose an output_dir you may write to") from error
+        raise UserError(f"cannot write: {error.strerror}", where=str(where), remedy="choose a folder you may write to") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError("another run is writing here", where=str(folder), remedy="wait for it, end it, or choose another output_dir") from error
-    _locks[folder.resolve()] = descriptor
+        raise UserError("another run is writing here", where=str(where), remedy=remedy) from error
+    return descriptor
 
 
 # Open descriptors hold the locks; the system lets go of them however a process ends.
@@ -164,6 +171,7 @@ def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
     What an attempt of the same `identity` (JSON values) left is there again; what another one left is gone. The block seals the folder.
     """
     staging = incomplete_path(final)
+    lock = _lock(final.with_name(f".{final.name}.lock"), where=final, remedy="wait for it, end it, or choose another folder")
     try:
         if not can_resume(final, identity):
             fresh_folder(staging)
@@ -173,6 +181,8 @@ def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
         move_into_place(staging, final)
     except OSError as error:
         raise _unwritable(final, error) from error
+    finally:
+        os.close(lock)
 
 
 def can_resume(final: Path, identity: dict) -> bool:

@@ -78,13 +78,35 @@ def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> np.ndarray:
-    """Return which rows belong to the held-out prompts, [N] bool: about `fraction` of the prompts, at least two, with all their rows."""
+    """Return which rows are held out, [N] bool: about `fraction` of the prompts, at least two, with all their rows.
+
+    Rated turns of one conversation have several prompts, each of which holds the ones before it: they stay together too.
+    """
     prompt_of, first = distinct(rows.prompt_keys)
-    count = max(2, round(fraction * len(first)))
-    if count > len(first) - 2:
-        what = f"{len(first)} distinct prompts cannot be divided into {count} held out and two or more to train on"
+    family_of = _joined(prompt_of, rows.file_of, rows.row_of)  # [P]
+    families, sizes = np.unique(family_of, return_counts=True)  # a family is named by its first prompt
+    wanted = max(2, round(fraction * len(first)))
+    order = _by_hash(rows.prompt_keys[first[families]], seed)
+    taken = np.cumsum(sizes[order])
+    count = int(np.searchsorted(taken, wanted)) + 1
+    if count > len(families) or len(first) - taken[count - 1] < 2:
+        what = f"{len(first)} distinct prompts cannot be divided into {wanted} held out and two or more to train on"
         raise UserError(what, where="data.held_out_fraction", remedy="lower it, or give rows with more prompts")
-    return _lowest(rows.prompt_keys[first], count, seed)[prompt_of]
+    return np.isin(family_of, families[order[:count]])[prompt_of]
+
+
+def _joined(prompt_of: np.ndarray, file_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """Return the smallest prompt that each prompt is connected to through rows with several prompts, [P]."""
+    _, row = np.unique(np.stack([file_of, row_of]), axis=1, return_inverse=True)
+    family_of = np.arange(prompt_of.max() + 1)
+    while True:
+        smallest = np.full(row.max() + 1, len(family_of))
+        np.minimum.at(smallest, row, family_of[prompt_of])
+        joined = family_of.copy()
+        np.minimum.at(joined, prompt_of, smallest[row])
+        if (joined == family_of).all():
+            return family_of
+        family_of = joined
 
 
 def repeat_by_weight(rows: Rows, source_of: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
@@ -100,13 +122,18 @@ def repeat_by_weight(rows: Rows, source_of: np.ndarray, weights: list[float], se
 
 
 def _lowest(keys: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Choose `count` of the keys by a seeded hash of each, [D] bool: rows that are added later change few choices."""
+    """Choose `count` of the keys, [D] bool."""
+    chosen = np.zeros(len(keys), dtype=bool)
+    chosen[_by_hash(keys, seed)[:count]] = True
+    return chosen
+
+
+def _by_hash(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return the keys' indices in the order of a seeded hash of each, [D]: keys that are added later leave the others' order as it is."""
     mixed = keys[:, 0] + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of splitmix64 (Steele et al. 2014)
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    chosen = np.zeros(len(keys), dtype=bool)
-    chosen[np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")[:count]] = True
-    return chosen
+    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
 
 
 class SplitIndex(NamedTuple):

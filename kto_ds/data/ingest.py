@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from kto_ds.data.segments import Limits, Row, is_whole, load_notes, make_segment, save_segment
-from kto_ds.data.tokenization import RowTokenizer
+from kto_ds.data.segments import Limits, Row, fit, is_whole, load_notes, make_segment, save_segment
+from kto_ds.data.tokenization import RowTokenizer, texts_of
 from kto_ds.data.workers import Workers
 from kto_ds.errors import UserError
 from kto_ds.rows.records import Record, RowRules, to_records, unused_fields
@@ -46,33 +46,29 @@ class Checked(NamedTuple):
     num_rows: int
     num_bad: int
     problems: list[Problem]  # the first NAMED_PROBLEMS of them
-    unused: set[str]  # fields that no rule reads
 
 
 def check_rows(files: list[SourceFile], workers: Workers, on_rows: Callable[[int], None]) -> Checked:
     """Read and check every row without tokenizing any. Raises UserError for what no single row can be blamed for."""
-    num_rows, num_bad, problems, unused = 0, 0, [], set()
+    num_rows, num_bad, problems = 0, 0, []
     blocks = ((block, file.rules) for file in files for block in _blocks(file))
     for found in workers.map(check_block, blocks):
         num_rows += found.num_rows
         num_bad += found.num_bad
         problems += found.problems[: NAMED_PROBLEMS - len(problems)]
-        unused |= found.unused
         on_rows(found.num_rows)
-    return Checked(num_rows, num_bad, problems, unused)
+    return Checked(num_rows, num_bad, problems)
 
 
 def check_block(_: RowTokenizer, block: Block, rules: RowRules) -> Checked:
-    num_rows, num_bad, problems, unused = 0, 0, [], set()
-    for number, row, records in _parse(block, rules):
+    num_rows, num_bad, problems = 0, 0, []
+    for number, _, records in _parse(block, rules):
         num_rows += 1
         if isinstance(records, UserError):
             num_bad += 1
             if len(problems) < NAMED_PROBLEMS:
                 problems.append(_problem(block, number, records))
-        else:
-            unused |= unused_fields(row, rules)
-    return Checked(num_rows, num_bad, problems, unused)
+    return Checked(num_rows, num_bad, problems)
 
 
 def refuse_bad_rows(problems: list[Problem], num_bad: int, num_rows: int, *, max_bad_fraction: float | None) -> None:
@@ -128,12 +124,11 @@ def tokenize_block(row_tokenizer: RowTokenizer, block: Block, rules: RowRules, l
                 problems.append((number, tokens))
             else:
                 rows.append(Row(tokens, number, record.desirable, _has_control_characters(record)))
-    bad = {number for number, _ in problems}
-    segment, unfit = make_segment([row for row in rows if row.number not in bad], limits)
     if limits.truncation_mode == "error":
         remedy = "shorten the row, raise the limit, or choose another data.truncation_mode"
-        problems += [(number, UserError(reason, remedy=remedy)) for number, reason in unfit]
-        unfit = []
+        problems += [(row.number, UserError(found, remedy=remedy)) for row in rows if isinstance(found := fit(row.tokens, limits), str)]
+    bad = {number for number, _ in problems}  # none of its records is used when one of them cannot be
+    segment, unfit = make_segment([row for row in rows if row.number not in bad], limits)
     problem_of = {number: problem for number, problem in reversed(problems)}  # the first one of each row
     notes = {
         "place": block.place,
@@ -148,8 +143,59 @@ def tokenize_block(row_tokenizer: RowTokenizer, block: Block, rules: RowRules, l
     return num_rows
 
 
+class Summary(NamedTuple):
+    """What the notes of some segments come to."""
+
+    num_rows: int
+    num_bad: int
+    problems: list[Problem]  # the first NAMED_PROBLEMS of them
+    num_examples: int
+    num_dropped: int
+    first_dropped: tuple[str, str] | None  # (place, reason)
+    largest_id: int
+    unused: set[str]  # columns that no rule reads
+    places: dict[int, str]  # by file, what stands before a row's number
+    by_source: dict[int, dict[str, int]]  # rows, rejected_rows, dropped_examples
+
+
+def summarize(files: list[SourceFile], segments: list[tuple[int, Path]]) -> Summary:
+    """Read the notes of all segments once, and hold no more of them than this."""
+    problems, first_dropped, largest_id, num_examples = [], None, 0, 0
+    unused: set[str] = set()
+    places: dict[int, str] = {}
+    by_source = {file.source: {"rows": 0, "rejected_rows": 0, "dropped_examples": 0} for file in files}
+    for file, path in segments:
+        note, counts = load_notes(path), by_source[files[file].source]
+        counts["rows"] += note["rows"]
+        counts["rejected_rows"] += len(note["bad"])
+        counts["dropped_examples"] += len(note["dropped"])
+        problems += [Problem(*problem) for problem in note["bad"][: NAMED_PROBLEMS - len(problems)]]
+        first_dropped = first_dropped or next(iter(note["dropped"]), None)
+        largest_id, num_examples = max(largest_id, note["largest_id"]), num_examples + note["examples"]
+        unused.update(note["unused"])
+        places[file] = note["place"]
+    totals = {key: sum(counts[key] for counts in by_source.values()) for key in ("rows", "rejected_rows", "dropped_examples")}
+    return Summary(
+        totals["rows"], totals["rejected_rows"], problems, num_examples, totals["dropped_examples"], first_dropped, largest_id, unused, places, by_source
+    )
+
+
+def rejected_rows(segments: list[tuple[int, Path]]) -> Iterator[dict]:
+    """Yield what is to be written down of every row that was refused, and of every example that was dropped."""
+    for _, path in segments:
+        note = load_notes(path)
+        for problem in map(Problem._make, note["bad"]):
+            yield {"where": problem.where, "reason": problem.what, "row": problem.text}
+        for where, reason in note["dropped"]:
+            yield {"where": where, "reason": reason}
+
+
 def _blocks(file: SourceFile) -> Iterator[Block]:
-    return read_blocks(file.path, file.split, label_field=file.rules.columns.get("label", "label"))
+    rules = file.rules
+    if rules.label_map:
+        return read_blocks(file.path, file.split, label_fields=())  # the map's keys are the cells as they are written
+    mapped = tuple(rules.columns[name] for name in ("label", "kto_tag") if name in rules.columns)
+    return read_blocks(file.path, file.split, label_fields=mapped or ("label", "kto_tag"))
 
 
 def _parse(block: Block, rules: RowRules) -> Iterator[tuple[int, dict, list[Record] | UserError]]:
@@ -175,5 +221,4 @@ def _batches(items: list, size: int) -> Iterator[list]:
 
 
 def _has_control_characters(record: Record) -> bool:
-    parts = [record.prompt, record.completion] if isinstance(record.prompt, str) else [m.get("content") or "" for m in record.prompt + record.completion]
-    return any(CONTROL_CHARACTERS.search(part) for part in parts)
+    return any(CONTROL_CHARACTERS.search(text) for text in texts_of(record))

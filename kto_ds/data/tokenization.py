@@ -59,6 +59,7 @@ class RowTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: TextRules = TextRules()):
         self.tokenizer, self.rules = tokenizer, rules
         self._encode = _encoder(tokenizer)
+        _require_no_clock(tokenizer, rules)
         added = tokenizer.added_tokens_decoder
         self._special_text = _any_of({token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens))
         # Text is cut at these before anything else is done to it, so that what lies before one does not depend on what follows.
@@ -91,15 +92,18 @@ class RowTokenizer:
         options = {**(self.rules.chat_template_kwargs or {}), **(record.template_kwargs or {})}
         try:
             with _time_limit(MAX_TEMPLATE_SECONDS):
-                prompt = self._apply_template(record.prompt, record, add_generation_prompt=True, **options)
-                whole = self._apply_template(record.prompt + record.completion, record, **options)
+                prompt = self._apply_template(record, record.prompt, {**options, "add_generation_prompt": True})
+                whole = self._apply_template(record, record.prompt + record.completion, options)
+                if not whole.startswith(prompt) and not whole.startswith(self._apply_template(record, record.prompt, options)):
+                    # The ids would part ways inside the prompt, and the completion would begin with the user's own words.
+                    raise ValueError("it renders the prompt in another way once an answer follows")
         except Exception as error:
             # A chat template may raise anything, and its message is what the user needs.
             what = f"the chat template refuses the row: {type(error).__name__}: {excerpt(str(error), limit=400)}"
             return UserError(what, where=record.where, remedy="mend the row, or use a chat template that renders it")
         return prompt, whole
 
-    def _apply_template(self, messages: Messages, record: Record, **options) -> str:
+    def _apply_template(self, record: Record, messages: Messages, options: dict) -> str:
         text = self.tokenizer.apply_chat_template(messages, tools=record.tools, tokenize=False, **options)
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise ValueError(f"it makes {len(text)} characters of one row, more than {MAX_RENDERED_CHARACTERS}")
@@ -140,16 +144,39 @@ class RowTokenizer:
         if boundary == len(whole_ids):
             what = f"no token of the completion is left after the prompt: {excerpt(record.completion)}"
             return UserError(what, where=record.where, remedy="check that the chat template renders the last turn")
+        if prompt_ids[-1] == eos:  # a tokenizer that ends every text has ended the prompt alone too
+            prompt_ids = prompt_ids[:-1]
         return RowTokens(whole_ids[:boundary], whole_ids[boundary:], boundary < len(prompt_ids), self._find_special(record) is not None)
 
     def _find_special(self, record: Record) -> str | None:
         """Return the first special token that the row's own text spells; an end-of-text token that ends a plain completion is meant."""
+        parts = list(texts_of(record))
         if isinstance(record.prompt, str):
-            texts = [record.prompt, record.completion.removesuffix(self.tokenizer.eos_token)]
-        else:
-            texts = [message.get("content") or "" for message in record.prompt + record.completion]
-        found = next((match for text in texts if (match := self._special_text.search(text))), None)
+            parts[-1] = parts[-1].removesuffix(self.tokenizer.eos_token)
+        found = next((match for text in parts if (match := self._special_text.search(text))), None)
         return found and found[0]
+
+
+def _require_no_clock(tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> None:
+    """Refuse a chat template that would write today's date: the tokens would be others tomorrow, in the middle of a run that is taken up again."""
+    templates = tokenizer.chat_template.values() if isinstance(tokenizer.chat_template, dict) else [tokenizer.chat_template or ""]
+    if any("strftime_now" in template for template in templates) and "date_string" not in (rules.chat_template_kwargs or {}):
+        what = f"the chat template of {excerpt(tokenizer.name_or_path)} writes the date of today, so that its tokens change every day"
+        remedy = 'set data.chat_template_kwargs: {date_string: "26 Jul 2024"}, or use a chat template without strftime_now'
+        raise UserError(what, where="data.chat_template_kwargs", remedy=remedy)
+
+
+def texts_of(record: Record) -> Iterator[str]:
+    """Yield every text that a record brings to the tokenizer or the chat template, the completion's last."""
+    pending: list[object] = [record.tools, record.template_kwargs, record.prompt, record.completion][::-1]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            pending += [*part.keys(), *part.values()][::-1]
+        elif isinstance(part, list):
+            pending += part[::-1]
 
 
 def _any_of(texts: set[str]) -> re.Pattern:

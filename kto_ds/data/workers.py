@@ -1,5 +1,6 @@
 """A few processes that each hold a tokenizer, and work through tasks in order. Results come in the order of the tasks."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from kto_ds.errors import KtoError
 
 # Starting processes costs seconds, as much as some blocks of 1,000 rows: small data stays in this one.
 MIN_TASKS_FOR_PROCESSES = 5
+MAX_DEFAULT_PROCESSES = 16  # each takes about half a GiB; who has the memory may ask for more
 TASKS_AHEAD = 3  # for each process: enough to keep it busy, few enough to bound the memory
 
 
@@ -32,7 +34,7 @@ class Workers:
     """`with Workers(source, num_proc) as workers: workers.map(function, tasks)`; `function` gets the process's RowTokenizer first."""
 
     def __init__(self, source: TokenizerSource, num_proc: int | None):
-        self.num_proc = num_proc or len(os.sched_getaffinity(0))
+        self.num_proc = num_proc or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_PROCESSES)
         self._source = source
         self._pool: ProcessPoolExecutor | None = None
         self._own: RowTokenizer | None = None
@@ -61,7 +63,8 @@ class Workers:
         waiting: deque[Future] = deque()
         try:
             for task in tasks:
-                waiting.append(self._pool.submit(_run, function, task))
+                with _deaf_to_interrupts():  # which the processes that this starts inherit: the main one ends the work, and says so once
+                    waiting.append(self._pool.submit(_run, function, task))
                 if len(waiting) >= self.num_proc * TASKS_AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -73,6 +76,15 @@ class Workers:
                 future.cancel()
 
 
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _row_tokenizer(source: TokenizerSource) -> RowTokenizer:
     return RowTokenizer(load_tokenizer(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code), source.rules)
 
@@ -82,7 +94,6 @@ _worker_tokenizer: RowTokenizer | None = None  # of this process, when it is a w
 
 def _start_worker(source: TokenizerSource) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work, and says so once
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = _row_tokenizer(source)
 

@@ -55,7 +55,7 @@ def tokenization_identity(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
         "chat_template_kwargs": _as_text(data.chat_template_kwargs),
         "splits": list(sources),
         "sources": {name: _source_identity(listed) for name, listed in sources.items()},
-        "contents": {path: digest for listed in sources.values() for source in listed for path, digest in _contents(source).items()},
+        "contents": {path: digest for listed in sources.values() for source in listed for path, digest in _contents(config, source).items()},
     }
 
 
@@ -86,10 +86,22 @@ def _as_text(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _contents(source: SourceConfig) -> dict[str, str]:
+def source_files(config: RunConfig, source: SourceConfig) -> list[str]:
+    """Return the files of a source. A glob does not take in what the run itself writes."""
+    files = list_files(source.path, source.split)
+    if files == [source.path]:
+        return files
+    own = [folder.resolve() for folder in (config.output_dir, config.dataset_dir, config.reference_dir)]
+    others = [file for file in files if not any(Path(file).resolve().is_relative_to(folder) for folder in own)]
+    if not others:
+        raise UserError("only files of the run itself fit this pattern", where=source.path, remedy="keep the rows outside of output_dir, or name the files one by one")
+    return others
+
+
+def _contents(config: RunConfig, source: SourceConfig) -> dict[str, str]:
     """Return the digest of every local file or folder of a source; what lies on the hub, or was moved away since, has none."""
     try:
-        paths = list_files(source.path, source.split)
+        paths = source_files(config, source)
     except UserError:
         return {}
     return {path: _content_digest(Path(path)) for path in paths if Path(path).exists()}
@@ -98,7 +110,9 @@ def _contents(source: SourceConfig) -> dict[str, str]:
 def _content_digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
-    return folder_digest(path, [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()])
+    # datasets keeps what it computed from a saved dataset in the same folder.
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-")]
+    return folder_digest(path, [file.relative_to(path).as_posix() for file in files])
 
 
 def require_same_dataset(expected: dict, found: dict, *, where: str, remedy: str) -> None:

@@ -15,17 +15,16 @@ from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumabl
 from kto_ds.config import HELD_OUT, DataConfig, LossConfig, RunConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
-from kto_ds.data.ingest import Problem, SourceFile, check_rows, refuse_bad_rows, tokenize_rows
-from kto_ds.data.segments import Limits, load_notes
+from kto_ds.data.ingest import Problem, SourceFile, Summary, check_rows, refuse_bad_rows, rejected_rows, summarize, tokenize_rows
+from kto_ds.data.segments import Limits
 from kto_ds.data.split_report import source_reports, split_report
 from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.rows.records import RowRules
-from kto_ds.rows.sources import list_files
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
-from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, tokenization_identity
+from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, source_files, tokenization_identity
 
 TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 HELD_OUT_SPLIT = f"eval/{HELD_OUT}"
@@ -36,7 +35,7 @@ REJECTED = "rejected_rows.jsonl"
 
 # What a count of the report means to a user, where it is not 0.
 REMARKS = {
-    "rejected_rows": f"rejected rows: {{}} (they break the schema; listed in {REJECTED})",
+    "rejected_rows": f"rejected rows: {{}} (they break a rule; listed in {REJECTED})",
     "dropped_examples": f"dropped examples: {{}} (beyond the length limits; listed in {REJECTED})",
     "truncated_prompts": "truncated prompts: {} (cut to data.max_prompt_length)",
     "truncated_completions": "truncated completions: {} (their end is lost, and with it the token that ends a turn)",
@@ -55,6 +54,7 @@ class Tokenized(NamedTuple):
     sources: list[SourceConfig]
     files: list[SourceFile]
     segments: list[tuple[int, Path]]  # (index of the file, segment)
+    summary: Summary
 
 
 class Split(NamedTuple):
@@ -70,7 +70,7 @@ def main(config: RunConfig) -> None:
     check_zero_section(deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     tokenizer = run_tokenizer(config)
     sources = {"train": config.data.train, **config.data.eval_splits}
-    files = {name: _list_files(listed) for name, listed in sources.items()}
+    files = {name: _list_files(config, listed) for name, listed in sources.items()}
     identity = dataset_identity(config, tokenizer)
     resume_identity = {**tokenization_identity(config, tokenizer), "libraries": library_versions()}
     claim_folder(config.output_dir)
@@ -79,28 +79,31 @@ def main(config: RunConfig) -> None:
         if not can_resume(config.dataset_dir, resume_identity):
             for name, listed in files.items():
                 _check(config.data, name, listed, workers)
+        else:
+            print("an earlier prepare was cut short: its work is gone on with")
         with resumable_folder(config.dataset_dir, resume_identity) as folder:
             tokenized = {}
             for name, listed in files.items():
                 with _progress(f"tokenize {name}") as on_rows:
                     segments = tokenize_rows(listed, folder / SEGMENTS / name, _limits(config.data), workers, on_rows)
-                tokenized[name] = Tokenized(sources[name], listed, segments)
-            _refuse_problems(config.data, tokenized)
-            _require_examples(tokenized)
-            _require_embeddings(tokenized, model_config.vocab_size)
+                tokenized[name] = Tokenized(sources[name], listed, segments, summarize(listed, segments))
+            for name, found in tokenized.items():
+                _require_usable(config.data, name, found.summary, vocab_size=model_config.vocab_size)
             splits = _assemble(config, tokenized)
             report = {name: _report(name, split, splits["train"]) for name, split in splits.items()}
             _write(folder, splits, report, tokenized)
-            seal(folder, {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}, describe_folder(folder))
+            manifest = {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}
+            seal(folder, manifest, describe_folder(folder, besides=folder / SEGMENTS))
+            shutil.rmtree(folder / SEGMENTS)
     _print_report(report, config.loss)
     print(f"dataset artefact: {config.dataset_dir}; look at it with kto-ds inspect")
 
 
-def _list_files(sources: list[SourceConfig]) -> list[SourceFile]:
+def _list_files(config: RunConfig, sources: list[SourceConfig]) -> list[SourceFile]:
     return [
         SourceFile(path, source.split, RowRules(columns=source.columns, label_map=source.label_map), number)
         for number, source in enumerate(sources)
-        for path in list_files(source.path, source.split)
+        for path in source_files(config, source)
     ]
 
 
@@ -132,12 +135,16 @@ def _refuse_too_many(data: DataConfig, problems: list[Problem], num_bad: int, nu
         refuse_bad_rows(problems, num_bad, num_rows, max_bad_fraction=data.max_bad_fraction)
 
 
-def _refuse_problems(data: DataConfig, tokenized: dict[str, Tokenized]) -> None:
-    """Refuse rows that only the tokenizer, its chat template or a limit found fault with."""
-    for found in tokenized.values():
-        notes = [load_notes(path) for _, path in found.segments]
-        problems = [Problem(*problem) for note in notes for problem in note["bad"]]
-        _refuse_too_many(data, problems, len(problems), sum(note["rows"] for note in notes))
+def _require_usable(data: DataConfig, name: str, found: Summary, *, vocab_size: int) -> None:
+    """Refuse rows that only the tokenizer, its chat template or a limit found fault with, and tokens that the model does not know."""
+    _refuse_too_many(data, found.problems, found.num_bad, found.num_rows)
+    if found.first_dropped and not found.num_examples:
+        where, reason = found.first_dropped
+        remedy = "raise data.max_length, or cut the prompts by setting data.max_prompt_length"
+        raise UserError(f"none of the {found.num_dropped:,} examples of data.{name} fits, the first: {reason}", where=where, remedy=remedy)
+    if found.largest_id >= vocab_size:
+        what = f"the tokenizer gives id {found.largest_id}, the model has {vocab_size} embeddings"
+        raise UserError(what, where="model.path", remedy="use the tokenizer that belongs to the model")
 
 
 def _assemble(config: RunConfig, tokenized: dict[str, Tokenized]) -> dict[str, Split]:
@@ -175,59 +182,31 @@ def _require_positions(max_length: int, longest: int | None) -> None:
         raise UserError(f"sequences may have {max_length} tokens, the model has only {longest} positions to use", where="data.max_length", remedy=f"set it to {longest} or less")
 
 
-def _require_examples(tokenized: dict[str, Tokenized]) -> None:
-    for name, found in tokenized.items():
-        notes = [load_notes(path) for _, path in found.segments]
-        dropped = [place for note in notes for place in note["dropped"]]
-        if dropped and not any(note["examples"] for note in notes):
-            where, reason = dropped[0]
-            remedy = "raise data.max_length, or choose another data.truncation_mode"
-            raise UserError(f"none of the {len(dropped):,} examples of data.{name} fits, the first: {reason}", where=where, remedy=remedy)
-
-
-def _require_embeddings(tokenized: dict[str, Tokenized], vocab_size: int) -> None:
-    largest = max(load_notes(path)["largest_id"] for found in tokenized.values() for _, path in found.segments)
-    if largest >= vocab_size:
-        raise UserError(f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings", where="model.path", remedy="use the tokenizer that belongs to the model")
-
-
 def _report(name: str, split: Split, train: Split) -> dict:
     """Return what data_report.json says about one split, its sources apart."""
     found = split.tokenized
     source_of_file = np.array([file.source for file in found.files])
     by_source = source_reports(split.rows, split.index, source_of_file, len(found.sources))
-    read = [{"rows": 0, "rejected_rows": 0, "dropped_examples": 0} for _ in found.sources]
-    unused: set[str] = set()
-    for file, path in found.segments:
-        note, counts = load_notes(path), read[found.files[file].source]
-        counts["rows"] += note["rows"]
-        counts["rejected_rows"] += len(note["bad"])
-        counts["dropped_examples"] += len(note["dropped"])
-        unused.update(note["unused"])
     # What was read for the held-out split was read for the training split, and is counted there.
-    read = [{}] * len(read) if name == HELD_OUT_SPLIT else read
+    read = [{} if name == HELD_OUT_SPLIT else found.summary.by_source[number] for number in range(len(found.sources))]
     totals = {key: sum(counts[key] for counts in read) for key in read[0]}
     sources = [
         {"path": source.path, "split": source.split, "weight": source.weight, **counts, **more} for source, counts, more in zip(found.sources, read, by_source)
     ]
     train_keys = None if name == "train" else train.index.rows.prompt_keys
-    return {**totals, **split_report(split.rows, split.index, train_keys), "unused_fields": sorted(unused), "sources": sources}
+    return {**totals, **split_report(split.rows, split.index, train_keys), "unused_fields": sorted(found.summary.unused), "sources": sources}
 
 
 def _write(folder: Path, splits: dict[str, Split], report: dict, tokenized: dict[str, Tokenized]) -> None:
     for name in ("train", "eval"):  # an attempt that was cut short while it wrote may have had other splits
         shutil.rmtree(folder / name, ignore_errors=True)
     for name, split in splits.items():
-        place_of = {file: load_notes(path)["place"] for file, path in split.tokenized.segments}
-        save_split(split.index, split.tokenized.segments, [place_of[file] for file in range(len(place_of))], folder / name)
+        places = split.tokenized.summary.places
+        save_split(split.index, split.tokenized.segments, [places[file] for file in range(len(places))], folder / name)
     (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     with open(folder / REJECTED, "w", encoding="utf-8") as stream:
         for name, found in tokenized.items():
-            for note in (load_notes(path) for _, path in found.segments):
-                unused = [{"split": name, "where": where, "reason": what, "row": text} for where, what, _, text in note["bad"]]
-                unused += [{"split": name, "where": where, "reason": reason} for where, reason in note["dropped"]]
-                stream.writelines(json.dumps(row) + "\n" for row in unused)
-    shutil.rmtree(folder / SEGMENTS)
+            stream.writelines(json.dumps({"split": name, **row}) + "\n" for row in rejected_rows(found.segments))
 
 
 def _print_report(report: dict, loss: LossConfig) -> None:

@@ -11,7 +11,7 @@ from kto_ds.config import LossConfig, RunConfig
 from kto_ds.config_text import write_yaml
 from kto_ds.data.batch import make_batch
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
-from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.dataset import FILES, TokenizedSplit
 from kto_ds.data.packing import require_fit
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
@@ -119,7 +119,8 @@ def _open_inputs(config: RunConfig) -> Inputs:
     loss = resolve_weights(config.loss, splits["train"])
     record = {
         **run_record(config, loss),
-        "dataset": digest_of(*(entry["digest"] for entry in manifest["files"].values())),
+        # Only what is trained on: evaluation rows that are added later are no reason to refuse a resume.
+        "dataset": digest_of(*(entry["digest"] for name, entry in manifest["files"].items() if name.startswith("train/") and name != f"train/{FILES}")),
         "reference model": reference_manifest["identity"]["reference model"],
     }
     return Inputs(splits, reference_logps, plan, loss, record)

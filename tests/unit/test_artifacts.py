@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,27 @@ def test_a_small_file_is_replaced_and_leaves_no_temporary(tmp_path):
 IDENTITY = {"tokenizer": "t", "max_length": 8, "sources": [["a.jsonl", None, {"1": True}]]}
 
 
+def test_two_processes_do_not_write_one_artefact(tmp_path):
+    final = tmp_path / "artefact"
+    other = """
+import sys
+from pathlib import Path
+from kto_ds.artifacts import resumable_folder
+from kto_ds.errors import UserError
+try:
+    with resumable_folder(Path(sys.argv[1]), {}):
+        print("got in")
+except UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", other, str(final)]
+    with resumable_folder(final, IDENTITY) as folder:
+        found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60).stdout
+        assert found.startswith(f"{final}: another run is writing here") and (folder / "resume.json").exists()
+        seal(folder, {"kind": "test"}, {})
+    assert "got in" in subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60).stdout
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, UserError])
 def test_what_was_done_is_there_again_after_any_exception(tmp_path, error):
     final = tmp_path / "artefact"
@@ -154,7 +176,7 @@ def test_what_was_done_is_there_again_after_any_exception(tmp_path, error):
         (folder / "two").write_text("2")
         seal(folder, {"kind": "test"}, describe_folder(folder))
     manifest = read_manifest(final, kind="test", remedy=REMEDY)
-    assert damaged_files(final, manifest) == [] and sorted(tree(tmp_path)) == ["artefact/manifest.json", "artefact/one", "artefact/two"]
+    assert damaged_files(final, manifest) == [] and sorted(tree(final)) == ["manifest.json", "one", "two"]
     assert not can_resume(final, IDENTITY)
 
 

@@ -83,6 +83,17 @@ def test_rows_added_later_move_few_prompts_to_the_other_side():
     assert (before != after).sum() < 30  # a fresh draw of 10 % would change about 324
 
 
+def test_rated_turns_of_one_conversation_stay_on_one_side():
+    # Conversation r asks [r] and then [r, 100, r]; every tenth one begins like the one before it.
+    first = [[number - (number % 10 == 9)] for number in range(100)]
+    prompts = [prompt for start in first for prompt in (start, [*start, 100, *start])]
+    rows = rows_of(prompts, [[7]] * 200, [True] * 200, limits=Limits(20))._replace(row_of=np.repeat(np.arange(100), 2))
+    chosen = hold_out(rows, 0.2, seed=0)
+    assert (chosen[::2] == chosen[1::2]).all()
+    assert not {tuple(prompt) for prompt, held in zip(prompts, chosen) if held} & {tuple(prompt) for prompt, held in zip(prompts, chosen) if not held}
+    assert 36 <= len({tuple(prompt) for prompt, held in zip(prompts, chosen) if held}) <= 38
+
+
 def test_a_hold_out_that_leaves_nothing_is_refused():
     rows = rows_of([[1], [2], [3]], [[1]] * 3, [True] * 3, limits=Limits(20))
     with pytest.raises(UserError, match="^data.held_out_fraction: 3 distinct prompts cannot be divided into 2 held out and two or more to train on"):
@@ -137,7 +148,7 @@ def test_the_saved_arrays_are_those_joined_row_by_row(tmp_path, seed):
         assert other != prompt and split.completion(example + split.num_examples).tolist() == completion[: 9 - len(other)]
         assert split.desirable[example] == desirable[row]
         assert split.row_name(example) == f"{'b:row ' if row == 37 else 'a:'}{row}"
-    assert isinstance(split.completion_tokens, np.memmap)
+    assert isinstance(split.completion_tokens.base, np.memmap)
 
 
 def test_a_damaged_segment_is_noticed(tmp_path):

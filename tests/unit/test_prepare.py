@@ -208,6 +208,23 @@ def test_truncation(tmp_path, model, mode, more, expected):
             assert tuple(kept) in prompts_of(dataset, "train")
 
 
+def test_a_pair_is_refused_as_a_whole(tmp_path, model):
+    pairs = [{"prompt": f"t{number}", "chosen": " t20", "rejected": " t21" * (80 if number == 6 else 1)} for number in range(4, 10)]
+    path = write_rows(tmp_path / "rows.jsonl", pairs)
+    dataset = prepare(config_of(tmp_path, model, train=[{"path": str(path)}], truncation_mode="error", on_bad_row="skip", max_bad_fraction=0.5))
+    report, split = report_of(dataset)["train"], TokenizedSplit.load(dataset / "train")
+    assert (report["rejected_rows"], report["examples"], report["desirable"]) == (1, 10, 5)
+    assert f"{path}:3" not in [split.row_name(example) for example in range(split.num_examples)]
+
+
+def test_a_glob_leaves_out_what_the_run_writes(tmp_path, model):
+    write_rows(tmp_path / "rows.jsonl", random_rows(8))
+    config = config_of(tmp_path, model, train=[{"path": f"{tmp_path}/**/*.jsonl"}])
+    before = report_of(prepare(config))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert report_of(prepare(config)) == before and before["train"]["rows"] == 8
+
+
 def test_a_row_too_long_is_an_error_when_asked_for(tmp_path, model, capsys):
     path = write_rows(tmp_path / "rows.jsonl", [*random_rows(8), conversation([4, 5], [9] * 80, True)])
     config = config_of(tmp_path, model, train=[{"path": str(path)}], truncation_mode="error")

@@ -180,6 +180,8 @@ def test_ids_of_a_prompt_taken_from_the_whole_are_its_own(kind, template):
         ([record("ask", " good </s>")], [False]),  # an end of text that ends the completion is meant
         ([record("ask", " <unk> good </s>")], [True]),
         ([record([("user", "ask <unk> x")], "good")], [True]),
+        ([Record(CHAT.prompt, [{"role": "assistant", "content": "good", "reasoning_content": "x </s>"}], True, "x")], [True]),
+        ([Record(CHAT.prompt, CHAT.completion, True, "x", tools=[{"name": "f", "parameters": {"</s>": []}}])], [True]),
         ([CHAT], [False]),
     ],
 )
@@ -204,6 +206,33 @@ def test_a_broken_template_is_reported_with_the_row(template):
     assert str(error).startswith("rows.jsonl:1: the chat template refuses the row: ")
 
 
+def test_a_template_that_writes_the_prompt_anew_when_it_is_answered_is_refused():
+    # As some do that put the system's text before the last turn when that is the user's.
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}{% if loop.last and messages[0]['role'] == 'system' and m['role'] == 'user' %}{{ messages[0]['content'] }} {% endif %}"
+        "{{ m['role'] }} : {{ m['content'] }} </s> {% endif %}{% endfor %}"
+    )
+    found = tokenize([SYSTEM, CHAT], word_tokenizer(chat_template=template))
+    assert isinstance(found[0], UserError) and "it renders the prompt in another way once an answer follows" in found[0].what
+    assert found[1] == (ids("user : ask </s>"), ids("assistant : good </s>"), False)
+
+
+@pytest.mark.parametrize(("kwargs", "is_refused"), [({}, True), ({"date_string": "26 Jul 2024"}, False)])
+def test_a_template_that_reads_the_clock_needs_a_date(kwargs, is_refused):
+    template = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} " + TEMPLATE
+    if is_refused:
+        with pytest.raises(UserError, match="^data.chat_template_kwargs: the chat template .* writes the date of today"):
+            tokenize([CHAT], word_tokenizer(chat_template=template), chat_template_kwargs=kwargs)
+    else:
+        assert tokenize([CHAT], word_tokenizer(chat_template=template), chat_template_kwargs=kwargs)[0][1] == ids("good </s>")
+
+
+def test_an_end_that_the_tokenizer_gives_every_text_is_no_merge():
+    tokenizer = word_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert tokenize([TEXT], tokenizer) == [(ids("<s> ask more"), ids("good </s>"), False)]
+
+
 def test_a_template_without_end_is_stopped(monkeypatch):
     monkeypatch.setattr(tokenization, "MAX_TEMPLATE_SECONDS", 0.2)
     template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -223,7 +252,7 @@ def test_a_template_that_writes_without_end_is_refused(monkeypatch):
     ("bad", "tokenizer", "what"),
     [
         (CHAT, word_tokenizer(chat_template="{{ messages[0]['content'] }}"), "no token of the completion is left after the prompt"),
-        (CHAT, word_tokenizer(chat_template="{{ messages[-1]['content'] }}"), "no token of the prompt is left before the completion"),
+        (CHAT, word_tokenizer(chat_template="{{ messages[-1]['content'] }}"), "the chat template refuses the row: ValueError: 'it renders the prompt in another way"),
         (record("a", "b"), merging_tokenizer(), "no token of the prompt is left before the completion"),
     ],
 )
