@@ -6,7 +6,7 @@ The rows are made of sentences of `--seed_rows` (messages and label, any file th
 byte-level BPE trained on the same sentences. Three things are measured:
 
 - the tokenizer's own batched speed: `tokenizer(texts)` on rendered conversations, in as many processes as prepare uses;
-- `prepare` from JSONL to the artefact, wall time and the memory of all its processes together, sampled four times a second;
+- `prepare` from JSONL to the artefact, wall time and the memory of all its processes together, sampled once a second;
 - what training does with the artefact before its first step: opening it, the plan of one epoch, the micro-batches of one step.
 """
 
@@ -156,7 +156,7 @@ def measure_prepare(rows: Path, model: Path, options: argparse.Namespace) -> dic
     with subprocess.Popen([sys.executable, "-m", "kto_ds", "prepare", "--config", str(config)], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             _sample_memory(process.pid, peaks)
-            time.sleep(0.25)
+            time.sleep(1)
         print(process.stdout.read())
     if process.returncode:
         raise SystemExit(f"prepare ended with exit code {process.returncode}")

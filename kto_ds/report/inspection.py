@@ -15,6 +15,7 @@ from rich.text import Text
 COLUMNS_WITHOUT_TERMINAL = 120
 MICRO_BATCHES_SHOWN = 48
 BAR_CELLS = 20
+SOURCES_SIDE_BY_SIDE = 4
 
 
 class Fill(NamedTuple):
@@ -57,17 +58,19 @@ def counts_by_source(split: str, sources: list[dict]) -> Group:
     """Return the paths of a split's sources, numbered, and a line of counts for each number: many may be listed, and paths are long."""
     paths = [source["path"] + (f", split {source['split']}" if source["split"] else "") for source in sources]
     lines = [Text(f"{number}. {in_one_line(path)}", no_wrap=True, overflow="ignore") for number, path in enumerate(paths, start=1)]
-    columns: dict[str, dict] = {}
-    for number, source in enumerate(sources, start=1):
-        for key, value in _flatten({key: value for key, value in source.items() if key not in ("path", "split")}).items():
-            columns.setdefault(key, {})[f"{number}."] = value
-    return Group(Text(f"\nsources of {in_one_line(split)}", style="bold"), *lines, _table("", columns))
+    counts = {f"{number}.": _flatten({key: value for key, value in source.items() if key not in ("path", "split")}) for number, source in enumerate(sources, start=1)}
+    tables = [_table("", {name: counts[name] for name in names}) for names in _batches(list(counts))]
+    return Group(Text(f"\nsources of {in_one_line(split)}", style="bold"), *lines, *tables)
+
+
+def _batches(names: list[str]) -> list[list[str]]:
+    return [names[start : start + SOURCES_SIDE_BY_SIDE] for start in range(0, len(names), SOURCES_SIDE_BY_SIDE)]
 
 
 def _table(first: str, columns: dict[str, dict[str, object]]) -> Table:
     """Return a table with a row for every key that any column has; `first` heads the column of the keys."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(in_one_line(first), overflow="fold")
+    table.add_column(in_one_line(first), overflow="fold", min_width=36)
     for name in columns:
         table.add_column(in_one_line(name), justify="right", vertical="bottom", overflow="fold")
     for key in dict.fromkeys(key for column in columns.values() for key in column):
@@ -96,12 +99,12 @@ def _written(value: object) -> str:
 
 def fill_table(title: str, fills: list[Fill], *, num_prompts: int, max_tokens: int, ascii_only: bool) -> Table:
     """Return a line a micro-batch, up to MICRO_BATCHES_SHOWN, and the total of all; `num_prompts` distinct prompts are in them together."""
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0), header_style="bold")
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("rank", "micro-batch", "units", "prompts", "pairs", "tokens"):
         table.add_column(column, justify="right")
-    table.add_column(f"of {max_tokens:,} tokens a micro-batch", no_wrap=True)
+    table.add_column(f"fill of {max_tokens:,} tokens", no_wrap=True)
     for fill in fills[:MICRO_BATCHES_SHOWN]:
-        bar = _bar(fill.used / max_tokens, ascii_only) if fill.units else "filler: keeps the ranks in step, scores nothing"
+        bar = _bar(fill.used / max_tokens, ascii_only) if fill.units else "filler, scores nothing"
         table.add_row(*(f"{count:,}" for count in fill[:6]), Text(bar, style="" if fill.units else "dim"))
     if len(fills) > MICRO_BATCHES_SHOWN:
         table.add_row("...", *[""] * 5, f"{len(fills) - MICRO_BATCHES_SHOWN:,} more micro-batches")
