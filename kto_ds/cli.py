@@ -2,7 +2,10 @@
 
 import argparse
 import importlib
+import json
 import os
+import re
+import select
 import sys
 import time
 import traceback
@@ -49,17 +52,22 @@ class _Settings(RunConfig, BaseSettings):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         hint = ""
-        if message.startswith("unrecognized arguments: --"):
+        if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
-            hint = nearest_key(key)
-        raise UserError(message, where="command line", remedy=hint or "see kto-ds <command> --help")
+            hint = nearest_key(key, as_option=True)
+        raise UserError(message, where="command line", remedy=hint or f"{self.prog} --help lists the options")
 
 
 def program() -> None:
     """The `kto-ds` program: run the command line and end the process with the exit code; see errors.py for what the codes mean."""
-    exit_code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        exit_code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except SystemExit as ended:  # --help
+        exit_code = EXIT_UNEXPECTED if _reader_left() else ended.code
+    except BrokenPipeError:
+        exit_code = EXIT_UNEXPECTED
     if exit_code:
         # The threads of a process group that was not left can abort the interpreter on its way out, with an exit code of their own.
         os._exit(exit_code)
@@ -87,9 +95,18 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("kto-ds: interrupted")
         return EXIT_UNEXPECTED
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if not (isinstance(error, BrokenPipeError) and _reader_left()):
+            traceback.print_exc()
         return EXIT_UNEXPECTED
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more, as in `kto-ds inspect ... | head`: an end, but no mistake to report."""
+    # A flush would tell only as long as something is left to write.
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:
@@ -153,20 +170,19 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
+    own = {"config", "print-config", *OWN_OPTIONS.get(command, {})}
+    given = {option[2:].split("=")[0] for option in options if option.startswith("--")} - own
     try:
         settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
         config = RunConfig.model_validate(settings.model_dump())
     except ValidationError as error:
-        raise explain(error, where=_place(parsed.config, options, command)) from error
+        raise explain(error, where=f"{parsed.config} and command line" if given else str(parsed.config), options=given) from error
     except SettingsError as error:
-        raise UserError(f"{error.__cause__ or error}", where="command line", remedy="write lists and sections as JSON: --data.train '[{\"path\": \"rows.jsonl\"}]'") from error
+        key = re.search(r'for (?:field ")?([\w.]+)', str(error))
+        place = f" ({error.__cause__})" if isinstance(error.__cause__, json.JSONDecodeError) else ""
+        what = f"{key[1] if key else 'an option'}: expected a section or a mapping in JSON{place}"
+        raise UserError(what, where="command line", remedy="write it in quotes as JSON, such as --report.wandb '{\"mode\": \"offline\"}'") from error
     return config, parsed
-
-
-def _place(config: Path, options: list[str], command: str) -> str:
-    own = {"--config", "--print-config", *(f"--{name}" for name in OWN_OPTIONS.get(command, {}))}
-    overrides = any(option.startswith("--") and option.split("=")[0] not in own for option in options)
-    return f"{config} and command line" if overrides else str(config)
 
 
 def _say(message: str) -> None:

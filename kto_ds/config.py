@@ -74,14 +74,18 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     path: Text = Field(description="JSON, JSONL, Parquet or CSV file, a glob of such files, a folder saved by datasets, or a hub name")
     split: str | None = Field(None, description="split of a hub or saved dataset")
-    weight: Positive = Field(1.0, description="how often an epoch has the source's rows: 2 is twice, 0.5 a seeded half of them; training only")
+    weight: Annotated[Positive, Field(le=100)] = Field(
+        1.0, description="how often an epoch has the source's rows: 2 is twice, 0.5 all rows of a seeded half of its prompts; training only"
+    )
     columns: dict[str, Text] = Field({}, description="our field: the table's column, where their names differ")
-    label_map: dict[str, bool] | None = Field(None, description="label in the table: true (desirable) or false, where labels are not booleans")
+    label_map: dict[str, bool] | None = Field(None, description="label, as the table has it written: true (desirable) or false, where labels are not booleans")
 
     @field_validator("columns")
     @classmethod
     def _check_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         if unknown := sorted(columns.keys() - set(FIELDS)):
+            if (field := columns[unknown[0]]) in FIELDS:
+                raise ValueError(f"you wrote it the wrong way round; write our field first: {field}: {excerpt(unknown[0])}")
             raise ValueError(f"{excerpt(unknown[0])} is not a field of ours; write our field: the table's column, with one of {', '.join(FIELDS)}")
         if twice := sorted({column for column in columns.values() if list(columns.values()).count(column) > 1}):
             raise ValueError(f"column {excerpt(twice[0])} is given to two fields; give each field a column of its own")
@@ -110,13 +114,12 @@ class SourceConfig(Section):
 
 def _read_json(value: object) -> object:
     # An option of the command line is a text, and is read here, since pydantic_settings tells lists and mappings apart by type only.
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
-        remedy = """list sources, on the command line as JSON: --data.train '[{"path": "rows.jsonl"}]'"""
-        raise ValueError(f"not a list of sources in JSON ({error}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a list of sources in JSON ({error})") from error
 
 
 Sources = list[SourceConfig]

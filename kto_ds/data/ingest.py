@@ -191,11 +191,7 @@ def rejected_rows(segments: list[tuple[int, Path]]) -> Iterator[dict]:
 
 
 def _blocks(file: SourceFile) -> Iterator[Block]:
-    rules = file.rules
-    if rules.label_map:
-        return read_blocks(file.path, file.split, label_fields=())  # the map's keys are the cells as they are written
-    mapped = tuple(rules.columns[name] for name in ("label", "kto_tag") if name in rules.columns)
-    return read_blocks(file.path, file.split, label_fields=mapped or ("label", "kto_tag"))
+    return read_blocks(file.path, file.split, label_fields=file.rules.boolean_columns)
 
 
 def _parse(block: Block, rules: RowRules) -> Iterator[tuple[int, dict, list[Record] | UserError]]:

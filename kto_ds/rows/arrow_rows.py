@@ -9,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 
 from kto_ds.errors import UserError, excerpt
-from kto_ds.rows.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT, TOO_LONG
+from kto_ds.rows.blocks import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, MAX_ROW_BYTES, MAX_TEXT, TOO_LONG, in_blocks
+
+READ_ROWS = 25  # at once from Parquet, which may write a text that 1,000 rows share only once
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TableBlock:
     def rows(self) -> Iterator[tuple[int, dict | UserError]]:
         """Yield (number, row), or (number, error) for one that cannot be used; never raises."""
         table = pyarrow.ipc.open_stream(self.stream).read_all()
+        nested = {name: feature for name, feature in self.features.items() if _is_nested(feature)}
         for number, values in enumerate(_to_python(table), start=self.first):
             where = f"{self.place}{number}"
             try:
@@ -32,11 +35,10 @@ class TableBlock:
                     raise values
                 if self.num_rows == 1 and len(self.stream) > MAX_ROW_BYTES:
                     raise UserError(TOO_LONG, where=where, remedy="shorten or remove the row")
-                # datasets stores values of mixed type as JSON text and says so in the schema.
-                yield number, self.features.decode_example(values)
+                yield number, values | {name: _restored(values[name], feature) for name, feature in nested.items()}
             except UserError as error:
                 yield number, error
-            except Exception as error:  # decoders for images, audio and JSON document none of theirs
+            except Exception as error:  # the decoder of JSON text documents none of its own
                 what = f"cannot be decoded: {type(error).__name__}: {excerpt(str(error), limit=400)}"
                 yield number, UserError(what, where=where, remedy="mend or remove the row")
 
@@ -56,13 +58,32 @@ def _to_python(table: pyarrow.Table) -> list[dict | Exception]:
         return [error] if table.num_rows == 1 else [row for index in range(table.num_rows) for row in _to_python(table.slice(index, 1))]
 
 
+def _is_nested(feature: object) -> bool:
+    return _is_nested(feature.feature) if isinstance(feature, (datasets.List, datasets.LargeList)) else isinstance(feature, (dict, datasets.Json))
+
+
+def _restored(value: object, feature: object) -> object:
+    """Return `value` as it was before it got columns: without the nulls of keys that it lacks, and with what stands in it as JSON text.
+
+    Images, audio and the like stay the bytes and paths that they are: datasets would open the files that they name.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: _restored(inner, feature[name]) for name, inner in value.items() if inner is not None}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return [_restored(inner, feature.feature) for inner in value]
+    # datasets stores values of mixed type as JSON text and says so in the schema.
+    return feature.decode_example(value) if isinstance(feature, datasets.Json) and feature.decode else value
+
+
 def read_parquet_blocks(path: str) -> Iterator[TableBlock]:
     """Yield the rows of a Parquet file, numbered from 1 over all its row groups."""
     with pyarrow.parquet.ParquetFile(path) as file:
-        # As large as fits a block, by the file's own account: rows of a book each would otherwise be read by the thousand.
+        # By the file's own account as few as fit a block: rows of a book each would otherwise be many blocks at once.
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         mean_bytes = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=0)
-        batches = file.iter_batches(batch_size=max(1, min(MAX_BLOCK_ROWS, int(MAX_BLOCK_BYTES / max(mean_bytes, 1)))))
+        batches = file.iter_batches(batch_size=max(1, min(READ_ROWS, int(MAX_BLOCK_BYTES / max(mean_bytes, 1)))))
         yield from read_table_blocks(path, file.schema_arrow, batches)
 
 
@@ -82,13 +103,14 @@ def read_table_blocks(path: str, schema: pyarrow.Schema, batches: Iterable[pyarr
         raise UserError(f"a column name occurs twice: {excerpt(schema.names)}", where=path, remedy="give every column a name of its own")
     features = datasets.Features.from_arrow_schema(schema)
     first = 1
-    for batch in batches:
-        for part in _cut(batch):
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, part.schema) as writer:
+    for parts in in_blocks((part for batch in batches for part in _cut(batch)), lambda part: part.nbytes, lambda part: part.num_rows):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, parts[0].schema) as writer:
+            for part in parts:
                 writer.write_batch(part)
-            yield TableBlock(f"{path}:row ", first, part.num_rows, sink.getvalue().to_pybytes(), features)
-            first += part.num_rows
+        num_rows = sum(part.num_rows for part in parts)
+        yield TableBlock(f"{path}:row ", first, num_rows, sink.getvalue().to_pybytes(), features)
+        first += num_rows
 
 
 def _cut(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:

@@ -1,6 +1,7 @@
 """How large a block of rows may be: what is read at once, handed to another process, and shown of a row that was refused."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 MAX_BLOCK_ROWS = 1000
 MAX_BLOCK_BYTES = 4 * 2**20
@@ -10,15 +11,22 @@ TOO_LONG = f"a row is longer than {MAX_ROW_BYTES // 2**20} MiB"
 SHORTEN = "is a comma, a quote or a line break missing? If not, shorten or remove the row"
 
 
-def in_blocks(rows: Iterable[tuple], size_of: Callable[[tuple], int]) -> Iterator[list[tuple]]:
-    """Cut into lists of at most 1,000 rows and 4 MiB; a larger row is alone. Depends on the rows only, so that all runs cut alike."""
-    block, held = [], 0
-    for row in rows:
-        size = size_of(row)
-        if block and (len(block) == MAX_BLOCK_ROWS or held + size > MAX_BLOCK_BYTES):
+T = TypeVar("T")
+
+
+def in_blocks(parts: Iterable[T], size_of: Callable[[T], int], rows_of: Callable[[T], int] = lambda _: 1) -> Iterator[list[T]]:
+    """Cut into lists of at most 1,000 rows and 4 MiB; a larger part is alone. Depends on the parts only, so that all runs cut alike.
+
+    A part is a row, or several in one where `rows_of` says how many.
+    """
+    block, held, num_rows = [], 0, 0
+    for part in parts:
+        size, count = size_of(part), rows_of(part)
+        if block and (num_rows + count > MAX_BLOCK_ROWS or held + size > MAX_BLOCK_BYTES):
             yield block
-            block, held = [], 0
-        block.append(row)
+            block, held, num_rows = [], 0, 0
+        block.append(part)
         held += size
+        num_rows += count
     if block:
         yield block

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from kto_ds.errors import UserError, excerpt
 from kto_ds.rows.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_blocks
 
-CSV_LABELS = {"true": True, "True": True, "false": False, "False": False}
+CSV_LABELS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}  # TRUE is how spreadsheets save it
 QUOTING = 'put cells that hold commas, quotes or line breaks between " and write " inside them twice'
 
 
@@ -20,7 +20,7 @@ class CsvBlock:
     place: str
     first: int
     names: list[str]
-    label_field: str
+    label_fields: tuple[str, ...]
     cells: list[list[str]]
 
     @property
@@ -45,9 +45,8 @@ class CsvBlock:
             byte = ord(error.object[error.start]) - 0xDC00
             raise UserError(f"not valid UTF-8: byte {byte:#04x}", where=where, remedy="save the file as UTF-8") from error
         row = {name: cell or None for name, cell in zip(self.names, cells)}
-        if self.label_field in row:  # only here: a completion may well be the word "true"
-            row[self.label_field] = CSV_LABELS.get(row[self.label_field], row[self.label_field])
-        return row
+        labels = {name: CSV_LABELS.get(row[name], row[name]) for name in self.label_fields if name in row}
+        return row | labels  # only these: a completion may well be the word "true"
 
     def text(self, number: int) -> str:
         """Return row `number` as a CSV line, at most 10,000 characters."""
@@ -56,7 +55,7 @@ class CsvBlock:
         return line.getvalue()[:MAX_TEXT].encode(errors="replace").decode().rstrip("\r\n")
 
 
-def read_csv_blocks(stream: BinaryIO, path: str, label_field: str) -> Iterator[CsvBlock]:
+def read_csv_blocks(stream: BinaryIO, path: str, label_fields: tuple[str, ...]) -> Iterator[CsvBlock]:
     """Yield the rows of a CSV file with a header. Raises UserError for a header that cannot be used and for a quote out of place."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses a completion over 128 KiB
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
@@ -65,7 +64,7 @@ def read_csv_blocks(stream: BinaryIO, path: str, label_field: str) -> Iterator[C
         _require_header(names, path)
         number = 1
         for cells in in_blocks(lines, lambda cells: sum(map(len, cells))):
-            yield CsvBlock(f"{path}:row ", number, names, label_field, cells)
+            yield CsvBlock(f"{path}:row ", number, names, label_fields, cells)
             number += len(cells)
 
 

@@ -20,7 +20,7 @@ AS_MESSAGES = 'write messages as {"role": "user", "content": "text"}, or as {"fr
 
 
 def to_messages(values: list, field: str, where: str) -> Messages:
-    """Return the messages of one field, checked and without nulls. `values` is left as it is."""
+    """Return the messages of one field, checked and without keys that are null. `values` is left as it is."""
     return [to_message(value, f"{field}[{index}]", where) for index, value in enumerate(values)]
 
 
@@ -52,7 +52,7 @@ def to_tools(value: object, field: str, where: str) -> list[dict] | None:
         tools = _parse_json(value, field, where, remedy) if value.strip() else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{field}: expected a list of objects, found {excerpt(value)}", where=where, remedy=remedy)
-    return plain_value(tools, drop_nulls=True) or None
+    return plain_value(tools) or None
 
 
 def to_template_kwargs(value: object, field: str, where: str) -> dict | None:
@@ -78,16 +78,16 @@ def has_content(message: dict) -> bool:
     return bool(message.get("tool_calls")) or bool(message["content"].strip())
 
 
-def plain_value(value: object, *, drop_nulls: bool = False) -> object:
+def plain_value(value: object) -> object:
     """Return `value` in JSON's types alone, which can be compared and rendered: dates, decimals and the like of tables become text."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value.item() if isinstance(value, np.generic) else value
     if isinstance(value, dict):
-        return {str(key): plain_value(inner, drop_nulls=drop_nulls) for key, inner in value.items() if not (drop_nulls and inner is None)}
+        return {str(key): plain_value(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_value(inner, drop_nulls=drop_nulls) for inner in value]
+        return [plain_value(inner) for inner in value]
     if isinstance(value, (np.ndarray, np.generic)):
-        return plain_value(value.tolist(), drop_nulls=drop_nulls)
+        return plain_value(value.tolist())
     return str(value)
 
 
@@ -111,7 +111,7 @@ def _tool_calls(calls: object, role: str, name: str, where: str) -> list[dict]:
         raise UserError(f"{name}: expected tool_calls to be a list of objects, found {excerpt(calls)}", where=where, remedy=remedy)
     if role != "assistant":
         raise UserError(f"{name}: tool_calls in a message of role {role}, found {excerpt(calls)}", where=where, remedy="only an assistant turn calls tools")
-    return plain_value(calls, drop_nulls=True)
+    return plain_value(calls)
 
 
 def _from_sharegpt(value: dict, name: str, where: str) -> dict:

@@ -6,11 +6,24 @@ from typing import NamedTuple
 
 from kto_ds.config import FIELDS
 from kto_ds.errors import UserError, excerpt
+from kto_ds.rows.labels import shown
 
 SECOND_NAMES = {"conversations": "messages", "conversation": "messages", "kto_tag": "label"}
 NAMES = (*FIELDS, "conversation")
 # Every shape may have these; with plain text they are refused where the records are made.
 TEMPLATE_FIELDS = frozenset({"system", "tools", "chat_template_kwargs"})
+ANSWER_NAMES = ("response", "answer", "reply", "output", "completion", "generation", "text")
+# How tables call our fields, the likeliest name first. These are proposed where a field is missing, never taken unasked.
+USUAL_NAMES = {
+    "prompt": ("question", "query", "instruction", "input", "request"),
+    "completion": ANSWER_NAMES,
+    "output": ANSWER_NAMES,
+    "label": ("thumb", "thumbs", "rating", "feedback", "vote", "is_good", "good", "is_desirable", "desirable", "liked", "like", "score"),
+    "messages": ("dialog", "dialogue", "chat", "turns"),
+    "chosen": ("preferred", "accepted", "better"),
+    "rejected": ("dispreferred", "declined", "worse"),
+}
+ALL_SHAPES = "docs/data.md lists all shapes"
 
 
 class Shape(NamedTuple):
@@ -46,6 +59,12 @@ class RowRules:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)  # our field -> the table's column
     label_map: dict | None = None  # the table's label -> true or false
 
+    @property
+    def boolean_columns(self) -> tuple[str, ...]:
+        """Columns of a CSV file in which the words true and false are booleans: none with a label_map, whose keys are words."""
+        mapped = tuple(self.columns[name] for name in ("label", "kto_tag") if name in self.columns)
+        return () if self.label_map else mapped or ("label", "kto_tag")
+
 
 class Row(NamedTuple):
     """A row by our names for its fields, without those that are null. `columns` has the table's name of each."""
@@ -80,7 +99,7 @@ def text_of(row: Row, field: str) -> str:
     """Return a field that can only be text, empty where the row lacks it."""
     value = row.values.get(field, "")
     if not isinstance(value, str):
-        raise UserError(f"{row.name(field)}: expected text, found {excerpt(value)}", where=row.where, remedy="write it as text")
+        raise UserError(f"{row.name(field)}: expected text, found {shown(value)}", where=row.where, remedy="write it as text")
     return value
 
 
@@ -118,12 +137,70 @@ def _refuse_unknown(row: Row) -> None:
     if len(shapes := _complete(frozenset(filled.values))) == 1:
         null = next(field for field in shapes[0].text.split(", ") if field not in row.values)
         remedy = f"give it a value, or remove the row; its shape is {shapes[0].text}"
-        raise UserError(f"{filled.name(null)}: expected a value, found None", where=row.where, remedy=remedy)
+        raise UserError(f"{filled.name(null)}: expected a value, found null", where=row.where, remedy=remedy)
     found = f"found {_listed(row.raw)}" + (f", of which {excerpt(empty)} null" if empty else "")
     if missing := [column for column in row.rules.columns.values() if column not in row.raw]:
         found += f"; columns names {excerpt(missing)}, which the row lacks"
-    remedy = f"give {'; or '.join(shape.text for shape in SHAPES)}; the source's columns can say how a table calls them"
-    raise UserError(f"fields of no known shape: {found}", where=row.where, remedy=remedy)
+    nearest = _nearest(row)
+    if not nearest:
+        remedy = f"the simplest shape is {SHAPES[0].text}; the source's columns can say how a table calls them; {ALL_SHAPES}"
+        raise UserError(f"fields of no known shape: {found}", where=row.where, remedy=remedy)
+    hint = columns_hint(row, _lacking(nearest[0], row)) or "give the fields that are missing, or say with the source's columns how the table calls them"
+    what = f"fields of no known shape: {found}; nearest: {'; or '.join(_compared(shape, row) for shape in nearest)}"
+    raise UserError(what, where=row.where, remedy=f"{hint}; {ALL_SHAPES}")
+
+
+def columns_hint(row: Row, fields: list[str]) -> str:
+    """Return the `columns` that find the missing `fields` where the row has columns of usual names for them, empty if it has none."""
+    if not (usual := _usual_columns(row, fields)):
+        return ""
+    # The line takes the place of the one that the source has, so that it can be pasted.
+    others = {name: column for name, column in row.rules.columns.items() if SECOND_NAMES.get(name, name) not in usual}
+    if not all(column.isidentifier() and column.isascii() for column in others.values()):
+        return f"add to the source's columns: {_as_yaml(usual)}"
+    return f"set columns: {_as_yaml(others | usual)} on the source"
+
+
+def _nearest(row: Row) -> list[Shape]:
+    """Return the shapes that lack least, two at most: one if columns can make up for it, none if the row has hardly anything of any."""
+    ranked = []
+    for shape in SHAPES:
+        lacking = _lacking(shape, row)
+        usual = _usual_columns(row, lacking)
+        has = len(shape.needs) - len(lacking)
+        if not shape.lacks & row.values.keys() and (has or len(usual) > 1):
+            ranked.append(((len(lacking) - len(usual), -has - len(usual), len(lacking)), bool(usual), shape))
+    least = min((rank for rank, _, _ in ranked), default=None)
+    tied = [(has_usual, shape) for rank, has_usual, shape in ranked if rank == least]
+    return [shape for _, shape in tied[: 1 if tied and tied[0][0] else 2]]
+
+
+def _usual_columns(row: Row, fields: list[str]) -> dict[str, str]:
+    mapped = _mapped(row.rules)
+    taken = mapped.values()
+    there = {column.lower(): column for column in row.raw if isinstance(column, str) and column not in taken}
+    found = {}
+    for field in fields:
+        # A field that `columns` looks for elsewhere may be there under our own name; any other has no value there.
+        names = ((field,) if field in mapped else ()) + USUAL_NAMES.get(field, ())
+        columns = [there[name] for name in names if name in there]
+        if columns:
+            found[field] = min(columns, key=lambda column: row.raw[column] is None)
+    return found
+
+
+def _lacking(shape: Shape, row: Row) -> list[str]:
+    return [field for field in shape.text.split(", ") if field not in row.values]
+
+
+def _compared(shape: Shape, row: Row) -> str:
+    lacking = _lacking(shape, row)
+    has = ", ".join(row.name(field) for field in shape.text.split(", ") if field not in lacking)
+    return f"{shape.text}, of which the row has {f'{has} and lacks ' + ', '.join(lacking) if has else 'none'}"
+
+
+def _as_yaml(columns: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{field}: {column}" for field, column in columns.items()) + "}"
 
 
 def _refuse_two_names(row: Row, shape: Shape) -> None:

@@ -46,16 +46,16 @@ def list_files(path: str, split: str | None) -> list[str]:
     return files
 
 
-def read_blocks(path: str, split: str | None, *, label_field: str = "label") -> Iterator[Block]:
+def read_blocks(path: str, split: str | None, *, label_fields: tuple[str, ...] = ("label", "kto_tag")) -> Iterator[Block]:
     """Yield the rows of one file or dataset in blocks of at most 1,000 rows and 4 MiB, the same ones at each reading.
 
-    `label_field` is the column of a CSV file whose cells true and false are read as booleans. Rows that cannot be used come out of Block.rows;
+    `label_fields` are the columns of a CSV file whose cells true and false are read as booleans. Rows that cannot be used come out of Block.rows;
     UserError is raised for what no single row can be blamed for: nothing there, a damaged file, no rows.
     """
     _require_source(path, split)
     num_rows = 0
     try:
-        for block in _open_source(path, split, label_field):
+        for block in _open_source(path, split, label_fields):
             yield block
             num_rows += block.num_rows
     except UserError:
@@ -101,14 +101,14 @@ def _require_saved_dataset(path: str) -> None:
     raise UserError("this folder was not saved by datasets", where=path, remedy=f"for the data files in it give a glob such as {excerpt(str(pattern), limit=400)}")
 
 
-def _open_source(path: str, split: str | None, label_field: str) -> Iterator[Block]:
+def _open_source(path: str, split: str | None, label_fields: tuple[str, ...]) -> Iterator[Block]:
     if not os.path.isfile(path):
         return _dataset_blocks(path, split)
     kind, _ = _kind(path)
     if kind in TEXT_KINDS:
         _require_readable_text(path)
     if kind == ".csv":
-        return read_csv_blocks(_open_bytes(path), path, label_field)
+        return read_csv_blocks(_open_bytes(path), path, label_fields)
     if kind in TEXT_KINDS:
         return read_json_blocks(lambda: _open_bytes(path), path)
     return read_parquet_blocks(path) if kind == ".parquet" else read_arrow_blocks(path)
@@ -135,7 +135,7 @@ def _require_readable_text(path: str) -> None:
 def _dataset_blocks(path: str, split: str | None) -> Iterator[Block]:
     dataset = _load_dataset(path, split)
     tables = dataset.with_format("arrow").iter(batch_size=MAX_BLOCK_ROWS)
-    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    batches = (batch for table in tables for batch in table.to_batches())
     return read_table_blocks(path, dataset.features.arrow_schema, batches)
 
 

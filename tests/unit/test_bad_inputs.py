@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import LlamaConfig
 
 from kto_ds import cli
+from kto_ds.data.dataset import TokenizedSplit
 from tests.distributed.runs import number_tokenizer, write_config
 
 VOCAB_SIZE = 40
@@ -97,7 +99,7 @@ LABELS = [
     bad_row("label 0.5", plain(1, label=0.5), "label: expected true or false, found 0.5"),
     bad_row("label yes", plain(1, label="yes"), "label: expected true or false, found 'yes'", "label_map"),
     bad_row("label as text", plain(1, label="true"), "label: expected true or false, found 'true'", "write it without quotes"),
-    bad_row("label null", plain(1, label=None), "label: expected true or false, found None"),
+    bad_row("label null", plain(1, label=None), "label: expected true or false, found null"),
     bad_row("label missing", {"prompt": "t3 t5", "completion": "t6"}, "label: expected true or false, the field is missing"),
     bad_row("label empty list", plain(1, label=[]), "label: expected true or false, found []"),
     bad_row("label object", plain(1, label={"a": True}), "label: expected true or false, found {'a': True}"),
@@ -200,7 +202,7 @@ FILES = [
     bad_file("CSV without a completion", csv("t3 t5,,false"), "rows.csv:row 2", "completion: expected a value", file="rows.csv"),
     bad_file("CSV with a column twice", b"prompt,prompt\na,b\n", "column name", "twice", file="rows.csv"),
     bad_file("CSV with semicolons", b"prompt;completion;label\nt3;t4;true\n", "separated by ';'", file="rows.csv"),
-    bad_file("Parquet with a null prompt", table(prompt=pa.array(["t3", None])), "rows.parquet:row 2", "prompt: expected a value, found None", file="rows.parquet"),
+    bad_file("Parquet with a null prompt", table(prompt=pa.array(["t3", None])), "rows.parquet:row 2", "prompt: expected a value, found null", file="rows.parquet"),
     bad_file("Parquet with numbers as labels", table(label=[1, 0]), "rows.parquet:row 1", "label: expected true or false, found 1", file="rows.parquet"),
     bad_file("Parquet with a column twice", repeated_column(), "twice", file="rows.parquet"),
     bad_file("no Parquet file", b"PAR1 and then nothing", "cannot be read", file="rows.parquet"),
@@ -292,6 +294,41 @@ def test_a_bad_input_is_refused_with_one_message(case, tmp_path, models, capsys,
 
 def test_there_are_enough_of_them():
     assert len(CASES) >= 75 and len({case.name for case in CASES}) == len(CASES)
+
+
+def label_csv(name: str, labels: list[str]) -> bytes:
+    rows = "".join(f"t3 t{number}, t{number},{labels[number % 2]}\n" for number in range(4, 8))
+    return f"prompt,completion,{name}\n{rows}".encode()
+
+
+def picture_table() -> bytes:
+    """Pictures as the hub has them, in a column that no rule reads: one is the path of a file that is there, one is no picture."""
+    pictures = [{"bytes": None, "path": "run.yaml"}, {"bytes": b"none", "path": None}] * 4
+    features = datasets.Features(prompt=datasets.Value("string"), completion=datasets.Value("string"), label=datasets.Value("bool"), picture=datasets.Image())
+    rows = pa.Table.from_pylist([row | {"picture": picture} for row, picture in zip(GOOD, pictures)], schema=features.arrow_schema)
+    sink = io.BytesIO()
+    pq.write_table(rows, sink)
+    return sink.getvalue()
+
+
+GOOD_FILES = [
+    Case("labels of a spreadsheet", [], label_csv("label", ["TRUE", "FALSE"]), "rows.csv"),
+    Case("kto_tag", [], label_csv("kto_tag", ["true", "False"]), "rows.csv"),
+    Case("a mapped column", [], label_csv("good", ["true", "false"]), "rows.csv", source={"columns": {"label": "good"}}),
+    Case("a column mapped to kto_tag", [], label_csv("good", ["True", "FALSE"]), "rows.csv", source={"columns": {"kto_tag": "good"}}),
+    Case("true and false in a map", [], label_csv("label", ["true", "false"]), "rows.csv", source={"label_map": {True: True, False: False}}),
+    Case("texts in a map", [], label_csv("label", ["True", "FALSE"]), "rows.csv", source={"label_map": {"True": True, "FALSE": False, "true": False}}),
+    Case("texts in a map for a column", [], label_csv("up", ["TRUE", "no"]), "rows.csv", source={"columns": {"kto_tag": "up"}, "label_map": {"TRUE": True, "no": False}}),
+    Case("pictures that nothing reads", [], picture_table(), "rows.parquet"),
+]
+
+
+@pytest.mark.parametrize("case", GOOD_FILES, ids=[case.name for case in GOOD_FILES])
+def test_files_that_look_odd_and_are_not_are_prepared(case, tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare(case, tmp_path, models) == 0
+    desirable = TokenizedSplit.load(tmp_path / "run" / "dataset" / "train").desirable
+    assert desirable.tolist() == [True, False] * (len(desirable) // 2) and len(desirable) >= 4
 
 
 def test_without_a_mistake_the_same_files_are_prepared(tmp_path, models, monkeypatch):

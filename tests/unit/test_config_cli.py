@@ -1,6 +1,7 @@
 """From YAML and options to a RunConfig, or to one message and exit code 2."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_every_key_is_nearest_to_itself():
     assert all(nearest_key(key) == f"did you mean {key}?" for key in known_keys())
 
 
+def test_a_key_written_as_an_option_is_shown_in_sections(capsys, tmp_path):
+    assert "remedy: write sections one within another: report: {wandb: {mode: ...}}\n" in refused(capsys, tmp_path, "report.wandb.mode: offline\n")
+
+
+@pytest.mark.parametrize("key", ["data.train.0.path", "data.train.path", "data.train.0.pth"])
+def test_a_key_of_a_source_is_no_option(capsys, tmp_path, key):
+    message = refused(capsys, tmp_path, "", f"--{key}", "x")
+    assert f"--{key}" in message and """remedy: path belongs to a source: --data.train '[{"path": "rows.jsonl"}]'\n""" in message
+
+
 def test_several_mistakes_are_told_at_once(capsys, tmp_path):
     message = refused(capsys, tmp_path, "loss: {bta: 0.5, beta: -1}\nsede: 3\n")
     assert "3 keys cannot be used" in message and "loss.bta" in message and "loss.beta" in message and "did you mean seed?" in message
@@ -146,7 +157,7 @@ def test_several_mistakes_are_told_at_once(capsys, tmp_path):
         ("loss: {beta: true}\n", ["loss.beta", "not true or false", "found True"]),
         ("loss: {beta: null}\n", ["loss.beta", "found None"]),
         ("loss: {loss_type: dpo}\n", ["loss.loss_type", "'kto' or 'apo_zero_unpaired'", "'dpo'"]),
-        ("loss: 3\n", ["loss", "found 3"]),
+        ("loss: 3\n", ["loss: expected a section with keys such as loss_type; found 3", "remedy: write loss: {loss_type: ...}; the section has "]),
         ("checkpoint: {save_steps: true}\n", ["checkpoint.save_steps", "not true or false"]),
         ("checkpoint: {save_steps: 2.5}\n", ["checkpoint.save_steps", "integer", "found 2.5"]),
         ("train: {max_steps: 0}\n", ["train.max_steps", "greater than or equal to 1"]),
@@ -168,7 +179,11 @@ def test_a_wrong_value_is_told_with_key_found_and_expected(capsys, tmp_path, mor
         (("--loss.beta", "high"), ["loss.beta", "number", "'high'"]),
         (("--data.kl_group_size", "true"), ["data.kl_group_size", "integer"]),
         (("--optim.max_grad_norm", "null"), ["optim.max_grad_norm", "found None"]),
-        (("--data.train", "[]"), ["data.train", "at least 1 item"]),
+        (("--data.train", "[]"), ["data.train", "at least one source"]),
+        (("--data.train", "x"), ["data.train: expected a list of sources; found 'x'", """remedy: write --data.train '[{"path": "x"}]'\n"""]),
+        (("--data.eval", "[x"), ["data.eval: not a list of sources in JSON (", """remedy: write --data.eval '[{"path": "rows.jsonl"}]'\n"""]),
+        (("--data.chat_template_kwargs", "x"), ["data.chat_template_kwargs: expected a section or a mapping in JSON\n"]),
+        (("--report.wandb", "{x"), ["report: expected a section or a mapping in JSON (Expecting property name"]),
         (("--loss.beta",), ["--loss.beta", "expected one argument"]),
         (("stray",), ["stray"]),
     ],
@@ -188,6 +203,11 @@ def test_a_step_must_hold_a_kl_group(capsys, tmp_path, more, options):
 def test_what_must_be_given_is_named(capsys, tmp_path, key):
     text = "".join(line + "\n" for line in MINIMAL.splitlines() if not line.startswith(key))
     assert f"{key}: required, but not set" in refused(capsys, tmp_path, text=text)
+
+
+def test_the_path_of_a_source_must_be_given_in_the_source(capsys, tmp_path):
+    message = refused(capsys, tmp_path, text=MINIMAL.replace("path: rows.jsonl", "split: train"))
+    assert "data.train.0.path: required, but not set" in message and "every source has a path: train: [{path: rows.jsonl}] in section data\n" in message
 
 
 # data
@@ -228,6 +248,8 @@ def test_both_kinds_of_evaluation_sources_can_be_options(tmp_path, option, split
     [
         ("{1: true, 0: false}", {"1": True, "0": False}),
         ("{true: true, false: false}", {"true": True, "false": False}),
+        ("{true: true, false: false, 1: true, 0: false}", {"true": True, "false": False, "1": True, "0": False}),
+        ("{TRUE: true, FALSE: false, True: true}", {"TRUE": True, "FALSE": False, "True": True}),
         ("{1.0: true, 0.5: false}", {"1": True, "0.5": False}),
         ("{thumbs_up: true, '1': true, no: false}", {"thumbs_up": True, "1": True, "no": False}),
     ],
@@ -262,13 +284,19 @@ def test_a_source_on_the_command_line_has_labels_and_columns(tmp_path):
         ("eval: {a/b: [{path: x}]}", ["data.eval: 'a/b' cannot name", "letters, digits"]),
         ("eval: {'': [{path: x}]}", ["data.eval: '' cannot name"]),
         ("eval: {held_out: [{path: x}]}", ["data.eval: 'held_out' cannot name"]),
-        ("eval: {maths: []}", ["data.eval.maths: List should have at least 1 item"]),
-        ("eval: {maths: {path: x}}", ["data.eval.maths: ", "list"]),
+        ("eval: {maths: []}", ["data.eval.maths: expected at least one source"]),
+        ("eval: {maths: {path: x}}", ["data.eval.maths: expected a list", "write eval: {maths: [{path: x}]} in section data\n"]),
         ("eval: {1: [{path: x}]}", ["data.eval.1: ", "string"]),
         ("eval: [{path: x, weight: 2}]", ["data.eval: weight is for training sources", "remedy: remove it"]),
         ("eval: {maths: [{path: x, wieght: 1}]}", ["data.eval.maths.0.wieght: unknown key", "did you mean data.eval.maths.0.weight?"]),
-        ("eval: rows.jsonl", ["data.eval: not a list of sources", "'rows.jsonl'"]),
+        ("eval: rows.jsonl", ["data.eval: expected a list of sources; found 'rows.jsonl'", "remedy: write eval: [{path: rows.jsonl}] in section data\n"]),
         ("eval: 3", ["data.eval: ", "list", "found 3"]),
+        ("eval: [a.jsonl]", ["data.eval.0: expected a source such as {path: rows.jsonl}; found 'a.jsonl'", "write eval: [{path: a.jsonl}] in section data\n"]),
+        ("eval: {path: a.jsonl}", ["data.eval.path: expected a list of sources", "write eval: [{path: a.jsonl}] in section data\n"]),
+        ("label_map: {a: true}", ["data.label_map: unknown key", "belongs to a source: train: [{path: rows.jsonl, label_map: {up: true, down: false}}] in section data\n"]),
+        ("columns: {prompt: q}", ["data.columns: unknown key", "columns belongs to a source: "]),
+        ("weight: 2", ["data.weight: unknown key", "weight belongs to a source: "]),
+        ("chat_template_kwargs: 3", ["data.chat_template_kwargs: expected a mapping such as {enable_thinking: false}; found 3"]),
         ("artifact: ''", ["data.artifact: a path is expected"]),
     ],
 )
@@ -289,7 +317,11 @@ def test_what_the_data_section_refuses(capsys, tmp_path, more, parts):
         ("label_map: {good: 'true'}", ["label_map: 'good' is mapped to 'true'"]),
         ("label_map: {1: true, '1': false}", ["label_map: label '1' is listed twice"]),
         ("label_map: {null: false}", ["label_map: label None is not"]),
-        ("label_map: [good]", ["label_map: ", "dictionary"]),
+        ("label_map: [good]", ["label_map: expected a mapping such as {up: true, down: false}"]),
+        ("columns: {question: prompt}", ["columns: you wrote it the wrong way round", "write our field first: prompt: 'question'"]),
+        ("weight: 101", ["weight: Input should be less than or equal to 100; found 101", "remedy: weight is how often"]),
+        ("wieght: 2", ["wieght: unknown key", "did you mean data.train.0.weight?"]),
+        ("x: 2", ["x: unknown key", "a source has path, split, weight, columns, label_map"]),
         ("weight: 0", ["weight: ", "greater than 0"]),
         ("weight: true", ["weight: ", "not true or false"]),
         ("weight: .inf", ["weight: ", "finite"]),
@@ -334,7 +366,34 @@ def test_an_empty_path_is_refused(capsys, tmp_path, options):
 )
 def test_a_file_that_is_not_a_config_is_one_message(capsys, tmp_path, text, part):
     message = refused(capsys, tmp_path, text=text)
-    assert part in message and str(tmp_path / "run.yaml") in message
+    assert part in message and str(tmp_path / "run.yaml") in message and "\n  remedy: " in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("rows.jsonl", '{"prompt": "a", "label": true}\n{"prompt": "b", "label": true}\n', "JSON lines"),
+        ("rows.jsonl", '{"prompt": "a", "label": true}\n', "JSON rows"),
+        ("rows.json", '[{"prompt": "a"}]', "JSON rows"),
+        ("rows.csv", "prompt,completion,label\na,b,true\n", "CSV data"),
+        ("rows.txt", 'prompt,completion,label\n"a: b",c: d,true\n', "CSV data"),
+        ("rows.parquet", "PAR1\x15", "a table"),
+    ],
+)
+def test_a_data_file_as_config_is_told_so(capsys, tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert main(["prepare", "--config", str(tmp_path / name)]) == 2
+    assert f"remedy: give a YAML config, and name data files in its data.train; this looks like {kind}\n" in capsys.readouterr().err
+
+
+def test_a_config_in_json_is_a_config(tmp_path):
+    text = '{"output_dir": "runs/x", "model": {"path": "m"}, "data": {"train": [{"path": "r"}]}}'
+    assert config_of(tmp_path, text=text).model.path == "m"
+
+
+def test_what_the_parser_says_is_cut_to_place_and_fault(capsys, tmp_path):
+    message = refused(capsys, tmp_path, "seed: 1\nseed: 2\n")
+    assert message == f"kto-ds: error: {tmp_path / 'run.yaml'}:5: not valid YAML: found duplicate key \"seed\"\n  remedy: keep one of them\n"
 
 
 def test_a_duplicate_key_is_not_silently_the_last_one(tmp_path):
@@ -439,6 +498,15 @@ def test_help_of_a_command_lists_every_key_that_can_be_set(capsys):
     assert caught.value.code == EXIT_OK
     sections = {key for key in known_keys() if any(other.startswith(key + ".") for other in known_keys())}
     assert [key for key in known_keys() if key not in sections and f"--{key}" not in text] == []
+
+
+@pytest.mark.parametrize("options", [["--print-config"], ["--help"]])
+def test_an_output_that_nobody_reads_ends_quietly(tmp_path, options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-m", "kto_ds", "train", "--config", str(run_file(tmp_path)), *options], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_as_a_program_a_mistake_ends_with_2_before_torch_is_imported(tmp_path):

@@ -60,9 +60,10 @@ def sources_of(page: Path, folder: Path) -> dict[str, SourceConfig]:
 
 def rows_of(page: Path, folder: Path) -> Iterator[tuple[dict, str, RowRules]]:
     for name, source in sources_of(page, folder).items():
-        for block in read_blocks(str(folder / name), None, label_field=source.columns.get("label", "label")):
+        rules = RowRules(source.columns, source.label_map)
+        for block in read_blocks(str(folder / name), None, label_fields=rules.boolean_columns):
             for number, row in block.rows():
-                yield row, f"{name}:{number}", RowRules(source.columns, source.label_map)
+                yield row, f"{name}:{number}", rules
 
 
 @pytest.mark.parametrize("page", [DATA, README], ids=lambda page: page.name)

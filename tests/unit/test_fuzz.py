@@ -28,11 +28,11 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds import cli
 from kto_ds.config import FIELDS
-from kto_ds.rows import blocks, json_rows
 from kto_ds.data.ingest import check_block, tokenize_block
 from kto_ds.data.segments import Limits, Segment, load_arrays, load_notes
 from kto_ds.data.tokenization import RowTokenizer
 from kto_ds.errors import UserError
+from kto_ds.rows import blocks, json_rows
 from kto_ds.rows.records import RowRules
 from kto_ds.rows.sources import read_blocks
 
@@ -43,7 +43,7 @@ TEMPLATE = (
     "{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CSV_LABELS = {"true": True, "True": True, "false": False, "False": False}
+CSV_LABELS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 GENEROUS = Limits(max_length=10**9)
 
 
@@ -295,7 +295,8 @@ def naive_rows(case: Case) -> list[dict | None] | None:
     content = gzip.decompress(case.content) if case.name.endswith(".gz") else case.content
     if case.name.endswith(".parquet"):
         with contextlib.suppress(pyarrow.ArrowException, OSError, ValueError):
-            return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+            table = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+            return [{name: without_nulls(value) for name, value in row.items()} for row in table]
         return None
     content = content.removeprefix(b"\xef\xbb\xbf")
     if case.name.endswith(".csv"):
@@ -310,11 +311,17 @@ def naive_rows(case: Case) -> list[dict | None] | None:
     return None
 
 
+def without_nulls(value: object) -> object:
+    """Below its columns a table writes null for what a row does not have."""
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return {name: without_nulls(inner) for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+
+
 def naive_label(value: object, rules: RowRules, name: str) -> bool:
     """Return what was given, true or false; a label that means neither fails the test."""
-    if name.endswith(".csv"):
-        value = CSV_LABELS.get(value, value)
     if rules.label_map is None:
+        value = CSV_LABELS.get(value, value) if name.endswith(".csv") else value
         assert value is True or value is False, f"accepted {value!r}"
         return value
     text = value if isinstance(value, str) else json.dumps(int(value) if isinstance(value, float) and value == int(value) else value)
@@ -375,7 +382,7 @@ def require_message(error: UserError, path: str) -> None:
 def read(path: str, rules: RowRules) -> tuple[list, UserError | None]:
     found = []
     try:
-        found.extend(pickle.loads(pickle.dumps(block)) for block in read_blocks(path, None, label_field=rules.columns.get("label", "label")))
+        found.extend(pickle.loads(pickle.dumps(block)) for block in read_blocks(path, None, label_fields=rules.boolean_columns))
     except UserError as error:
         require_message(error, path)
         return found, error

@@ -2,12 +2,15 @@ import copy
 import datetime
 import decimal
 import json
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
-from kto_ds.config import FIELDS
+from kto_ds.config import FIELDS, SourceConfig
 from kto_ds.errors import UserError
 from kto_ds.rows.records import Record, RowRules, to_records, unused_fields
 
@@ -122,27 +125,26 @@ def test_what_a_template_may_read_is_kept_and_null_is_not():
     assert record.completion == [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]
 
 
-def test_calls_of_tools_are_content_and_lose_the_nulls_of_tables():
+def test_calls_of_tools_are_content_and_keep_their_nulls():
     search = call("search", {"query": "x", "page": None})
-    plain = call("search", {"query": "x"})
     tools = [{"type": "function", "function": {"name": "search", "parameters": {"enum": [None, 1], "title": None}}}]
     row = {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [search]}], "label": True, "tools": tools, "chat_template_kwargs": {"think": False, "x": None}}
     record = to_records(row, "x")[0]
-    assert record.completion == [calling(plain)]
-    assert record.tools == [{"type": "function", "function": {"name": "search", "parameters": {"enum": [None, 1]}}}]
+    assert record.completion == [calling(search)]
+    assert record.tools == tools
     assert record.template_kwargs == {"think": False}
     assert to_records({**row, "tools": json.dumps(tools)}, "x")[0].tools == record.tools
 
     turns = [*ASK, calling(search), {"role": "tool", "content": "found", "tool_calls": None}, {**GOOD[0], "tool_calls": []}]
     record = to_records({"messages": turns, "label": True}, "x")[0]
-    assert (record.prompt, record.completion) == ([*ASK, calling(plain), {"role": "tool", "content": "found"}], GOOD)
+    assert (record.prompt, record.completion) == ([*ASK, calling(search), {"role": "tool", "content": "found"}], GOOD)
 
 
-@pytest.mark.parametrize("value", ['{"name": "f", "arguments": {"x": 1}}', '[{"name": "f", "arguments": {"x": 1}}]'])
+@pytest.mark.parametrize("value", ['{"name": "f", "arguments": {"x": null}}', '[{"name": "f", "arguments": {"x": null}}]'])
 def test_a_function_call_of_sharegpt_becomes_a_call_of_a_tool(value):
     row = {"conversations": [said("human", "q"), said("function_call", value), said("observation", "1"), said("gpt", "good")], "tools": '[{"name": "f"}]', "label": True}
     record = to_records(row, "x")[0]
-    assert record.prompt == [*ASK, calling(call("f", {"x": 1})), {"role": "tool", "content": "1"}]
+    assert record.prompt == [*ASK, calling(call("f", {"x": None})), {"role": "tool", "content": "1"}]
     assert record.tools == [{"name": "f"}]
 
 
@@ -157,12 +159,17 @@ def test_foreign_values_of_tables_become_text_or_numbers():
 # labels
 
 
+def as_json(label):
+    """What a message shows: JSON for null, booleans and numbers."""
+    return json.dumps(label) if label is None or isinstance(label, (bool, float)) else repr(label)
+
+
 @pytest.mark.parametrize("label", [1, 0, -1, 0.5, float("nan"), "yes", "true", "", None, [True, False], [], {}, {"a": 1}])
 @pytest.mark.parametrize("fields", [{"prompt": "q", "completion": "a"}, {"messages": ASK + GOOD}, {"instruction": "q", "output": "a"}])
 def test_only_true_and_false_are_labels(fields, label):
     with pytest.raises(UserError) as caught:
         to_records({**fields, "label": label}, "rows.jsonl:7")
-    assert str(caught.value).startswith(f"rows.jsonl:7: label: expected true or false, found {label!r}")
+    assert str(caught.value).startswith(f"rows.jsonl:7: label: expected true or false, found {as_json(label)}")
     assert "true marks a desirable completion" in str(caught.value)
 
 
@@ -176,7 +183,7 @@ def test_numbers_as_labels_are_shown_the_map_that_they_need():
 def test_a_missing_label_is_named(fields):
     with pytest.raises(UserError, match="^x: label: expected true or false, the field is missing"):
         to_records(fields, "x")
-    with pytest.raises(UserError, match="^x: kto_tag: expected true or false, found None"):
+    with pytest.raises(UserError, match="^x: kto_tag: expected true or false, found null"):
         to_records({**fields, "kto_tag": None}, "x")
 
 
@@ -207,13 +214,65 @@ def test_a_label_outside_the_map_is_refused_with_its_keys(label):
     rules = RowRules(label_map={1: True, "0": False})
     with pytest.raises(UserError) as caught:
         to_records({"prompt": "q", "completion": "a", "label": label}, "rows.jsonl:7", rules)
-    assert str(caught.value).startswith(f"rows.jsonl:7: label: expected one of label_map's keys '1', '0', found {label!r}")
+    assert str(caught.value).startswith(f"rows.jsonl:7: label: expected one of label_map's keys '1', '0', found {as_json(label)}")
+
+
+def pasted(remedy, key):
+    """The mapping that a remedy shows after `key: `, as the config would read it."""
+    (text,) = re.findall(rf"{key}: (\{{.*?\}})", remedy)
+    return YAML(typ="safe", pure=True).load(text)
+
+
+@pytest.mark.parametrize(
+    ("label", "desirable"),
+    [("TRUE", True), ("FALSE", False), ("True", True), ("False", False), ("true", True), ("false", False), ("tRUE", True), ("Yes", True), ("no", False)]
+    + [("thumbs_down", False), ("0", False), (1.0, True), (-1, False)],
+)
+def test_the_map_that_a_label_needs_can_be_pasted(label, desirable):
+    row = {"prompt": "q", "completion": "a", "label": label}
+    with pytest.raises(UserError) as caught:
+        to_records(row, "x")
+    source = SourceConfig(path="x", label_map=pasted(caught.value.remedy, "label_map"))
+    assert to_records(row, "x", RowRules(label_map=source.label_map))[0].desirable is desirable
+    assert sorted(source.label_map.values()) == [False, True]
+
+
+@pytest.mark.parametrize("label", [True, False, "TRUE", 0, 2.5, "\U0001f44d", 'a "b" \\ c\n', "null", "caf\xe9: x"])
+def test_a_key_that_a_map_lacks_can_be_pasted(label):
+    row = {"prompt": "q", "completion": "a", "label": label}
+    with pytest.raises(UserError, match="expected one of label_map's keys 'up', 'down', found") as caught:
+        to_records(row, "x", RowRules(label_map={"up": True, "down": False}))
+    entries = re.fullmatch(r"add (.*: true) to label_map for a desirable completion, (.*: false) for an undesirable one; or mend the row", caught.value.remedy)
+    for entry, desirable in zip(entries.groups(), (True, False)):
+        source = SourceConfig(path="x", label_map=YAML(typ="safe", pure=True).load(f"{{up: true, {entry}}}"))
+        assert to_records(row, "x", RowRules(label_map=source.label_map))[0].desirable is desirable
+    with pytest.raises(UserError, match="add the value to label_map"):
+        to_records({**row, "label": "long" * 100}, "x", RowRules(label_map={"up": True}))
 
 
 def test_a_map_does_not_stand_in_for_a_label():
     for row in ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "label": None}):
-        with pytest.raises(UserError, match="label: expected true or false"):
+        with pytest.raises(UserError, match="label: expected one of label_map's keys 'null', 'None', '', (found null|the field is missing)"):
             to_records(row, "x", RowRules(label_map={"null": True, "None": True, "": True}))
+
+
+# the prompt that a pair shares
+
+
+@pytest.mark.parametrize("end", [0, 1, 2, 3, 7, 8, 9, 1000, 4095])
+def test_the_prompt_of_a_pair_is_all_that_its_texts_share(end):
+    shared = "".join(chr(97 + index % 26) for index in range(end))
+    for chosen, rejected in (("1", "2"), ("1" * 50, "2x"), ("1" + shared, "2" + shared)):
+        row = {"chosen": f"q{shared}{chosen}", "rejected": f"q{shared}{rejected}"}
+        assert [(record.prompt, record.completion) for record in to_records(row, "x")] == [(f"q{shared}", chosen), (f"q{shared}", rejected)]
+
+
+def test_a_long_shared_prompt_is_found_fast():
+    shared = "word " * 4_000_000
+    row = {"chosen": f"{shared}good", "rejected": f"{shared}bad"}
+    start = time.process_time()
+    assert [len(record.prompt) for record in to_records(row, "x")] == [len(shared) - 1] * 2
+    assert time.process_time() - start < 0.8  # comparing these characters one by one takes longer
 
 
 # columns
@@ -291,10 +350,11 @@ def test_empty_completions_are_refused(prompt, full, empty):
         ({"text": "a"}, "no known shape: found ['text']"),
         ({"prompt": "q", "label": True}, "no known shape: found ['prompt', 'label']"),
         ({"prompt": "q", "chosen": "a"}, "no known shape: found ['prompt', 'chosen']"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: expected a value, found None\n  remedy: give it a value"),
-        ({"prompt": None, "completion": "a", "label": None}, "prompt: expected a value, found None"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: expected a value, found null\n  remedy: give it a value"),
+        ({"prompt": None, "completion": "a", "label": None}, "prompt: expected a value, found null"),
         ({"prompt": None, "chosen": None, "rejected": None, "messages": None, "label": None}, "of which ['prompt', 'chosen', 'rejected', 'messages', 'label'] null"),
-        ({"text": "a"}, "give prompt, completion, label; or messages, label; or prompt, chosen, rejected"),
+        ({"text": "a"}, "the simplest shape is prompt, completion, label; the source's columns can say how a table calls them; docs/data.md lists all shapes"),
+        ({"instruction": True, "output": "a", "label": True}, "instruction: expected text, found true"),
         ({"\x1b[2J": 1}, "['\\x1b[2J']"),
         ({"prompt": "q", "completion": "a", "label": True, "chosen": "a", "rejected": "b"}, "more than one shape"),
         ({"prompt": "q", "completion": "a", "label": True, "messages": ASK + GOOD}, "more than one shape"),
@@ -456,3 +516,65 @@ def test_real_rows_are_read():
     records = [to_records(row, "x") for row in rows]
     assert all([record.desirable for record in pair] == [True, False] for pair in records)
     assert all(pair[0].completion == [assistant(row["chosen"]["value"])] for pair, row in zip(records, rows))
+
+
+# rows of no known shape
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "proposed"),
+    [
+        ({"question": "q", "answer": "a", "thumb": True}, {}, {"prompt": "question", "completion": "answer", "label": "thumb"}),
+        ({"question": "q", "answer": "a", "thumb": True}, {"prompt": "question"}, {"prompt": "question", "completion": "answer", "label": "thumb"}),
+        ({"Question": "q", "Response": "a", "Score": True, "id": 3, 4: 5}, {}, {"prompt": "Question", "completion": "Response", "label": "Score"}),
+        ({"prompt": "q", "text": "a", "kto_tag": True}, {}, {"completion": "text"}),
+        ({"prompt": "q", "text": "a", "up": True}, {"kto_tag": "up"}, {"kto_tag": "up", "completion": "text"}),
+        ({"instruction": "q", "response": "a", "label": True}, {}, {"output": "response"}),
+        ({"instruction": "q", "input": "", "response": "a", "feedback": True}, {}, {"output": "response", "label": "feedback"}),
+        ({"input": "q", "output": "a", "is_good": True}, {}, {"prompt": "input", "label": "is_good"}),
+        ({"question": None, "query": "q", "completion": "a", "label": True}, {}, {"prompt": "query"}),
+        ({"question": "q", "completion": "a", "label": True}, {"prompt": "query"}, {"prompt": "question"}),
+        ({"prompt": "q", "completion": "a", "label": True}, {"prompt": "query"}, {"prompt": "prompt"}),
+        ({"prompt": "q", "preferred": "a", "dispreferred": "b"}, {}, {"chosen": "preferred", "rejected": "dispreferred"}),
+        ({"dialogue": ASK + GOOD, "rating": True}, {}, {"messages": "dialogue", "label": "rating"}),
+        ({"prompt": "q", "completion": "a", "rating": True}, {}, {"label": "rating"}),
+        ({"question": "q", "completion": "a", "rating": True}, {"prompt": "question", "kto_tag": "up"}, {"prompt": "question", "label": "rating"}),
+    ],
+)
+def test_the_columns_that_a_row_needs_can_be_pasted(row, columns, proposed):
+    with pytest.raises(UserError) as caught:
+        to_records(row, "x", RowRules(columns=columns))
+    assert pasted(caught.value.remedy, "set columns") == proposed
+    assert to_records(row, "x", RowRules(columns=SourceConfig(path="x", columns=proposed).columns))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "nearest"),
+    [
+        ({"prompt": "q", "chosen": "a"}, {}, "prompt, chosen, rejected, of which the row has prompt, chosen and lacks rejected"),
+        ({"chosen": "a"}, {}, "chosen, rejected, of which the row has chosen and lacks rejected"),
+        ({"question": "q", "up": True}, {"prompt": "question", "label": "up"}, "prompt, completion, label, of which the row has prompt (column 'question'), label (column 'up') and lacks completion"),
+        ({"question": "q", "reply": "a"}, {}, "prompt, completion, label, of which the row has none"),
+        ({"prompt": "q", "kto_tag": True, "thread": 1}, {}, "prompt, completion, label, of which the row has prompt, kto_tag and lacks completion; or prompt, output, label"),
+    ],
+)  # fmt: skip
+def test_the_shape_that_lacks_least_is_named(row, columns, nearest):
+    with pytest.raises(UserError, match="fields of no known shape: found") as caught:
+        to_records(row, "x", RowRules(columns=columns))
+    assert f"; nearest: {nearest}" in caught.value.what
+    assert caught.value.remedy.endswith("; docs/data.md lists all shapes")
+
+
+def test_columns_that_yaml_would_read_otherwise_are_left_to_the_user():
+    with pytest.raises(UserError, match="remedy: add to the source's columns: {completion: answer}; docs"):
+        to_records({"a: b": "q", "answer": "a", "label": True}, "x", RowRules(columns={"prompt": "a: b"}))
+
+
+def test_columns_do_not_reach_into_turns():
+    row = {"messages": [*ASK, {**GOOD[0], "rating": True}]}
+    with pytest.raises(UserError, match="columns does not reach into turns: there the label is called label"):
+        to_records(row, "x", RowRules(columns={"label": "rating"}))
+    for other in ({"columns": {"label": "thumb"}}, {}):
+        with pytest.raises(UserError) as caught:
+            to_records(row, "x", RowRules(**other))
+        assert "reach into turns" not in str(caught.value)

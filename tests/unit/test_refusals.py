@@ -44,8 +44,8 @@ def run(folder: Path, command: str, *overrides: str) -> int:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files, but what marks a run's folder as its own (the lock, and status.json, which says that the run failed) and what prepare can go on with."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("status.json", ".lock"))
+    """All files, but what marks a run's folder as its own (the locks, and status.json, which says that the run failed) and what prepare can go on with."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "status.json" and path.suffix != ".lock" and path.name != ".lock")
     return sorted(path for path in found if "dataset.incomplete" not in path.parts)
 
 

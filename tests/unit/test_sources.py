@@ -336,6 +336,69 @@ def test_mixed_values_in_parquet_come_back_as_they_were(tmp_path):
     assert [row for _, row in read(tmp_path / "rows.parquet")] == rows
 
 
+def test_tables_give_back_rows_without_the_nulls_they_fill_in(tmp_path):
+    rows = [{"messages": [{"role": "user", "extra": [{"a": {"b": 0}}]}], "label": True}, {"messages": [{"role": "tool", "name": "f", "extra": [{"a": {"c": [None, 1]}}]}]}]
+    filled = [rows[0], rows[1] | {"label": None}]  # a cell of its own that is null says that the row lacks it
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), tmp_path / "rows.parquet")
+    for path in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        assert [row for _, row in read(path)] == filled
+    nulls = {"messages": [{"role": "user", "content": None, "extra": {"a": None}}]}
+    assert read(write(tmp_path, "rows.jsonl", json.dumps(nulls)))[0][1] == nulls
+
+
+def test_json_text_in_tables_keeps_its_nulls(tmp_path):
+    mixed = datasets.Features({"tools": datasets.List({"name": datasets.Value("string"), "parameters": datasets.Json()})})
+    rows = [{"tools": [{"name": "f", "parameters": {"until": None, "enum": [None, 1]}}]}, {"tools": [{"name": "g", "parameters": None}]}]
+    datasets.Dataset.from_list(rows, features=mixed).to_parquet(tmp_path / "rows.parquet")
+    assert [row for _, row in read(tmp_path / "rows.parquet")] == [rows[0], {"tools": [{"name": "g"}]}]
+
+
+@pytest.mark.parametrize("feature", [datasets.Image(), datasets.Audio(), datasets.Video(), datasets.Pdf()], ids=lambda feature: type(feature).__name__)
+def test_no_file_that_a_table_names_is_opened(tmp_path, feature):
+    secret = write(tmp_path, "secret.txt", "no image at all")
+    media = [{"bytes": None, "path": str(secret)}, {"bytes": b"broken", "path": None}, {"bytes": None, "path": f"{tmp_path}/missing.png"}]
+    types = {"prompt": datasets.Value("string"), "picture": feature, "pages": datasets.List({"page": feature})}
+    stored = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    columns = [pyarrow.array(["a", "b", "c"]), pyarrow.array(media, stored), pyarrow.array([[{"page": page}] for page in media], pyarrow.list_(pyarrow.struct({"page": stored})))]
+    path = tmp_path / "rows.parquet"
+    schema = datasets.Features(types).arrow_schema
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), path)
+    [block] = read_blocks(str(path), None)
+    assert block.features == datasets.Features(types)
+    found = [row for _, row in read(path)]
+    assert found == [{"prompt": prompt, "picture": image, "pages": [{"page": image}]} for prompt, image in zip("abc", media)]
+    assert "no image" not in block.text(1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_text_that_all_rows_of_parquet_share_is_not_held_for_each(tmp_path, nested):
+    """The file has it once: how much the rows are is known only when they are read."""
+    text = "x" * 2**20
+    rows = [{"id": str(index), "prompt": [{"content": text}] if nested else text} for index in range(300)]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert path.stat().st_size < 2**20
+    default = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(default)
+    pyarrow.set_memory_pool(pool)
+    try:
+        sizes = [block.num_rows for block in read_blocks(str(path), None)]
+    finally:
+        pyarrow.set_memory_pool(default)
+    assert 2**20 < pool.max_memory() < 100 * 2**20
+    assert sum(sizes) == 300 and max(sizes) <= 4
+    assert sizes == [block.num_rows for block in read_blocks(str(path), None)]
+
+
+@pytest.mark.parametrize("rows_in_group", [1, 30, 5000])
+def test_blocks_of_parquet_are_full_however_it_was_written(tmp_path, rows_in_group):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"] * 2500}), path, row_group_size=rows_in_group)
+    assert max(block.num_rows for block in read_blocks(str(path), None)) == 1000
+    assert [number for number, _ in (row for block in read_blocks(str(path), None) for row in block.rows())] == list(range(1, 2501))
+
+
 def test_a_repeated_column_name_in_parquet_is_refused(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array([True]), pyarrow.array([False])], names=["label", "label"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
@@ -373,7 +436,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.csv.zst"])
 def test_csv_labels_become_bool_and_all_else_stays_text(tmp_path, name):
     long = "x" * 200_000
-    labels = {"true": True, "True": True, "false": False, "False": False, "1": "1", "TRUE": "TRUE", " true": " true", "": None}
+    labels = {"true": True, "True": True, "false": False, "False": False, "TRUE": True, "FALSE": False, "1": "1", "tRUE": "tRUE", " true": " true", "": None}
     content = "\ufeffprompt,completion,label\r\n" + "".join(f'true,"a\n""b""\0 {long}",{label}\r\n' for label in labels)
     path = write(tmp_path, name, content)
     expected = [{"prompt": "true", "completion": f'a\n"b"\0 {long}', "label": label} for label in labels.values()]
@@ -381,9 +444,17 @@ def test_csv_labels_become_bool_and_all_else_stays_text(tmp_path, name):
         assert read(path, fold=fold) == [(f"{path}:row {number}", row) for number, row in enumerate(expected, start=1)]
 
 
-def test_the_label_field_of_csv_can_be_chosen(tmp_path):
-    path = write(tmp_path, "rows.csv", "label,good\ntrue,false\n")
-    assert read(path, label_field="good")[0][1] == {"label": "true", "good": False}
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"label": True, "kto_tag": False, "good": "True"}),
+        ({"label_fields": ("good",)}, {"label": "true", "kto_tag": "FALSE", "good": True}),
+        ({"label_fields": ()}, {"label": "true", "kto_tag": "FALSE", "good": "True"}),
+    ],
+)
+def test_the_label_fields_of_csv_can_be_chosen(tmp_path, options, expected):
+    path = write(tmp_path, "rows.csv", "label,kto_tag,good\ntrue,FALSE,True\n")
+    assert read(path, **options)[0][1] == expected
 
 
 def test_rows_around_a_bad_one_in_csv_are_read(tmp_path):
