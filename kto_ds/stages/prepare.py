@@ -138,6 +138,8 @@ def _refuse_too_many(data: DataConfig, problems: list[Problem], num_bad: int, nu
 def _require_usable(data: DataConfig, name: str, found: Summary, *, vocab_size: int) -> None:
     """Refuse rows that only the tokenizer, its chat template or a limit found fault with, and tokens that the model does not know."""
     _refuse_too_many(data, found.problems, found.num_bad, found.num_rows)
+    if found.num_bad and found.num_bad == found.num_rows:
+        refuse_bad_rows(found.problems, found.num_bad, found.num_rows, max_bad_fraction=None)
     if found.first_dropped and not found.num_examples:
         where, reason = found.first_dropped
         remedy = "raise data.max_length, or cut the prompts by setting data.max_prompt_length"

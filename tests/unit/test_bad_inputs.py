@@ -240,6 +240,10 @@ CONFIG = [
     bad_key("one label only", "data.train", "8 examples are desirable", "allow_one_label", rows=ONE_LABEL),
     bad_key("one prompt only", "data.train", "at least two distinct prompts", "found 1", rows=ONE_PROMPT),
     bad_key("no prompt fits", "data.train", "data.max_length", rows=LONG_PROMPTS),
+    bad_file(
+        "no row but rejected ones", json_lines([plain(0, label=3), plain(1, label=4)]), ":1", "label", "1 further row of 2 cannot be used",
+        data={"on_bad_row": "skip", "max_bad_fraction": 1.0, "held_out_fraction": 0.5},
+    ),
     bad_row("more bad rows than are allowed", plain(1, label=3), "label", "max_bad_fraction", data={"on_bad_row": "skip", "max_bad_fraction": 0.1}),
     bad_key("too few prompts to hold some out", "data.held_out_fraction", rows=json_lines(GOOD[:2]), data={"held_out_fraction": 0.5}),
     bad_row("a completion that does not fit", plain(1, completion=" t5" * 30), "completion", data={"truncation_mode": "error"}),
