@@ -1,10 +1,11 @@
-"""What data_report.json says about a split: counts, lengths, and everything that a user should look at before training."""
+"""What the data report says about a split: counts, lengths, and everything that a user should look at before training."""
 
 import numpy as np
 
 from kto_ds.data.assemble import Rows, SplitIndex, distinct
 from kto_ds.data.balance import recommended_weights
 
+REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
 
 

@@ -25,7 +25,7 @@ class Lengths(NamedTuple):
     desirable: np.ndarray  # [E] bool
 
 
-class Limits(NamedTuple):
+class LengthLimits(NamedTuple):
     """Where truncation sets in, in tokens; None for no limit."""
 
     prompt: int | None
@@ -33,7 +33,7 @@ class Limits(NamedTuple):
     total: int | None
 
 
-def plot_lengths(split: str, lengths: Lengths, limits: Limits, label_counts: dict[str, tuple[int, int]], out_png: Path) -> None:
+def plot_lengths(split: str, lengths: Lengths, limits: LengthLimits, label_counts: dict[str, tuple[int, int]], out_png: Path) -> None:
     """Draw the lengths of `split`, which has at least one example, and `label_counts`: (desirable, undesirable) of every split."""
     panels = (
         ("prompt tokens", lengths.prompt, limits.prompt, "max_prompt_length"),

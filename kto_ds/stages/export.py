@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kto_ds.artifacts import require_match, staged_folder
 from kto_ds.config import LossConfig, RunConfig
+from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
 from kto_ds.report.sinks import METRICS_FILE, read_records
@@ -102,7 +103,7 @@ Reference: {excerpt(config.reference.path or config.model.path)}. Made with {ver
 
 
 def _data_line(config: RunConfig) -> str:
-    path = config.dataset_dir / "data_report.json"
+    path = config.dataset_dir / REPORT
     if not path.is_file():
         return "Rows of"
     report = json.loads(path.read_text(encoding="utf-8"))["train"]

@@ -18,7 +18,7 @@ from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import model_digest
 from kto_ds.rows.sources import list_files
 
-LIBRARIES = ("torch", "deepspeed", "transformers", "datasets")
+LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
 
 
 def library_versions() -> dict[str, str]:
@@ -61,11 +61,15 @@ def tokenization_identity(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
 
 def dataset_identity(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
     """What a dataset artefact depends on: train refuses one that differs in any of these."""
+    return {**tokenization_identity(config, tokenizer), **assembly_identity(config)}
+
+
+def assembly_identity(config: RunConfig) -> dict:
+    """What becomes of the tokens depends on this: splits, weights of sources and KL groups."""
     data = config.data
     weights = [source.weight for source in data.train]
     is_seeded = data.shuffle or data.held_out_fraction is not None or set(weights) != {1}
     return {
-        **tokenization_identity(config, tokenizer),
         **data.model_dump(include={"kl_group_size", "shuffle", "held_out_fraction", "on_bad_row", "max_bad_fraction"}),
         "seed": config.seed if is_seeded else None,
         "weights": weights,

@@ -19,9 +19,10 @@ from kto_ds.config import DataConfig, RunConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out
+from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import choose_layout, read_model_config
-from kto_ds.report.histograms import Lengths, Limits, plot_lengths
+from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
 from kto_ds.report.inspection import Fill, counts_by_source, counts_by_split, fill_table, in_one_line, open_console, visible
 from kto_ds.stages.identity import dataset_identity, require_same_dataset, require_same_tokenizer, run_tokenizer
 from kto_ds.stages.inputs import PREPARE_FIRST
@@ -112,7 +113,7 @@ def _count(number: int, name: str) -> str:
 
 def _show_counts(console: Console, folder: Path) -> None:
     """Print what prepare counted: the splits side by side, then the sources of each."""
-    report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     _heading(console, f"dataset artefact {folder}")
     console.print(counts_by_split(report))
     for name, counts in report.items():
@@ -250,7 +251,7 @@ def _draw(config: RunConfig, name: str, splits: dict[str, TokenizedSplit]) -> Pa
     picture = config.output_dir / f"inspect-{name.replace('/', '-')}.png"
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        plot_lengths(name, lengths, Limits(data.max_prompt_length, data.max_completion_length, data.max_length), counts, picture)
+        plot_lengths(name, lengths, LengthLimits(data.max_prompt_length, data.max_completion_length, data.max_length), counts, picture)
     except OSError as error:
         raise UserError(f"cannot write: {error.strerror or error}", where=str(picture), remedy="choose an output_dir you may write to") from error
     return picture

@@ -17,19 +17,18 @@ from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_spl
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, Summary, check_rows, refuse_bad_rows, rejected_rows, summarize, tokenize_rows
 from kto_ds.data.segments import Limits
-from kto_ds.data.split_report import source_reports, split_report
+from kto_ds.data.split_report import REPORT, source_reports, split_report
 from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
-from kto_ds.stages.identity import dataset_identity, library_versions, run_tokenizer, source_files, tokenization_identity
+from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
 
 TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 HELD_OUT_SPLIT = f"eval/{HELD_OUT}"
 SEGMENTS = "segments"  # in the unfinished artefact
-REPORT = "data_report.json"
 REJECTED = "rejected_rows.jsonl"
 
 
@@ -71,8 +70,9 @@ def main(config: RunConfig) -> None:
     tokenizer = run_tokenizer(config)
     sources = {"train": config.data.train, **config.data.eval_splits}
     files = {name: _list_files(config, listed) for name, listed in sources.items()}
-    identity = dataset_identity(config, tokenizer)
-    resume_identity = {**tokenization_identity(config, tokenizer), "libraries": library_versions()}
+    libraries = library_versions()
+    tokenization = tokenization_identity(config, tokenizer)
+    resume_identity = {**tokenization, "libraries": libraries}
     claim_folder(config.output_dir)
 
     with Workers(_tokenizer_source(config), config.data.dataset_num_proc) as workers:
@@ -92,7 +92,8 @@ def main(config: RunConfig) -> None:
             splits = _assemble(config, tokenized)
             report = {name: _report(name, split, splits["train"]) for name, split in splits.items()}
             _write(folder, splits, report, tokenized)
-            manifest = {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": library_versions()}
+            identity = {**tokenization, **assembly_identity(config)}
+            manifest = {"kind": "dataset", "identity": identity, "splits": list(splits), "libraries": libraries}
             seal(folder, manifest, describe_folder(folder, besides=folder / SEGMENTS))
             shutil.rmtree(folder / SEGMENTS)
     _print_report(report, config.loss)
@@ -242,10 +243,9 @@ def _printable(text: str) -> str:
 def _weights_advice(counts: dict, loss: LossConfig) -> str:
     """Return what to do about labels that the weights of the loss leave out of balance, or nothing."""
     found = counts["desirable"], counts["undesirable"]
-    weights = recommended_weights(*found, loss.desirable_weight, loss.undesirable_weight)
     if not all(found):
         return ""
-    ratio = weight_ratio(*found, *weights)
+    ratio = weight_ratio(*found, *recommended_weights(*found, loss.desirable_weight, loss.undesirable_weight))
     if LEAST_RATIO / TOLERANCE <= ratio <= LARGEST_RATIO * TOLERANCE:
         return ""
     desirable, undesirable = recommended_weights(*found, "auto", "auto")

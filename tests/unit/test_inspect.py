@@ -14,7 +14,7 @@ from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import RunConfig
 from kto_ds.data.dataset import ARRAYS, FILES, TokenizedSplit
 from kto_ds.errors import UserError
-from kto_ds.report.histograms import Lengths, Limits, plot_lengths
+from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
 from kto_ds.report.inspection import counts_by_split, fill_table, open_console, visible
 from kto_ds.stages.identity import dataset_identity, run_tokenizer
 from kto_ds.stages.inspect import Reader, cut_of, decoded, examples_of_step, fills_of, main, spread
@@ -313,9 +313,9 @@ def test_a_picture_that_cannot_be_written_is_a_users_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     "prompt, completion, desirable, limits",
     [
-        ([5], [1], [True], Limits(None, None, 2048)),
-        ([5, 9, 5], [3, 3, 3], [False] * 3, Limits(9, 3, 12)),
-        (list(range(1, 2000)), list(range(2000, 1, -1)), [index % 3 == 0 for index in range(1999)], Limits(4096, None, 2001)),
+        ([5], [1], [True], LengthLimits(None, None, 2048)),
+        ([5, 9, 5], [3, 3, 3], [False] * 3, LengthLimits(9, 3, 12)),
+        (list(range(1, 2000)), list(range(2000, 1, -1)), [index % 3 == 0 for index in range(1999)], LengthLimits(4096, None, 2001)),
     ],
 )
 def test_picture_of_any_lengths(tmp_path, prompt, completion, desirable, limits):
