@@ -12,7 +12,8 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
-from kto_ds.config import FIELDS, RunConfig, SourceConfig
+from kto_ds.config import RunConfig
+from kto_ds.config_data import FIELDS, SourceConfig
 from kto_ds.errors import UserError, excerpt
 
 SEE_HELP = "kto-ds <command> --help says what every key takes"

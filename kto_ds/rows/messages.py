@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from kto_ds.config import RESERVED_TEMPLATE_KWARGS
+from kto_ds.config_data import RESERVED_TEMPLATE_KWARGS
 from kto_ds.errors import UserError, excerpt
 from kto_ds.rows.json_rows import STRICT_JSON
 

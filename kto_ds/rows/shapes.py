@@ -4,7 +4,7 @@ import dataclasses
 from functools import cache
 from typing import NamedTuple
 
-from kto_ds.config import FIELDS
+from kto_ds.config_data import FIELDS
 from kto_ds.errors import UserError, excerpt
 from kto_ds.rows.labels import shown
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 import kto_ds
 from kto_ds.artifacts import digest_of, file_digest, folder_digest, require_match
-from kto_ds.config import LossConfig, ModelConfig, RunConfig, SourceConfig
+from kto_ds.config import LossConfig, ModelConfig, RunConfig
+from kto_ds.config_data import SourceConfig
 from kto_ds.data.balance import recommended_weights
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference import KEY_DTYPE

@@ -15,7 +15,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from kto_ds.artifacts import read_manifest, require_intact
-from kto_ds.config import DataConfig, RunConfig
+from kto_ds.config import RunConfig
+from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out

@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumable_folder, seal
-from kto_ds.config import HELD_OUT, DataConfig, LossConfig, RunConfig, SourceConfig
+from kto_ds.config import LossConfig, RunConfig
+from kto_ds.config_data import HELD_OUT, DataConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, Summary, check_rows, refuse_bad_rows, rejected_rows, summarize, tokenize_rows

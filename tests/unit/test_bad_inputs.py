@@ -227,6 +227,7 @@ CONFIG = [
     bad_key("an unknown field in columns", "columns", "'promt'", "prompt", source={"columns": {"promt": "q"}}),
     bad_key("one column for two fields", "columns", "'q'", source={"columns": {"prompt": "q", "completion": "q"}}),
     bad_key("a label map to numbers", "label_map", "true", source={"label_map": {"good": 1, "bad": 0}}),
+    bad_key("two names of one field", "columns", "kto_tag and label are two names of one field", source={"columns": {"label": "thumb", "kto_tag": "vote"}}),
     bad_key("an empty label map", "label_map", source={"label_map": {}}),
     bad_key("held out 0", "data.held_out_fraction", data={"held_out_fraction": 0}),
     bad_key("held out 1", "data.held_out_fraction", data={"held_out_fraction": 1}),

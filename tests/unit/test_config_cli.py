@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from kto_ds.cli import COMMANDS, main, read_config
-from kto_ds.config import FIELDS, RunConfig
+from kto_ds.config import RunConfig
+from kto_ds.config_data import FIELDS
 from kto_ds.config_text import known_keys, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_USER, UserError
 

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds import cli
-from kto_ds.config import DataConfig, RunConfig, SourceConfig
+from kto_ds.config import RunConfig
+from kto_ds.config_data import DataConfig, SourceConfig
 from kto_ds.rows.records import RowRules, to_records
 from kto_ds.rows.shapes import SHAPES
 from kto_ds.rows.sources import read_blocks

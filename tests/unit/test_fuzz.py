@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds import cli
-from kto_ds.config import FIELDS
+from kto_ds.config_data import FIELDS
 from kto_ds.data.ingest import check_block, tokenize_block
 from kto_ds.data.segments import Limits, Segment, load_arrays, load_notes
 from kto_ds.data.tokenization import RowTokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from kto_ds.config import FIELDS, SourceConfig
+from kto_ds.config_data import FIELDS, SourceConfig
 from kto_ds.errors import UserError
 from kto_ds.rows.records import Record, RowRules, to_records, unused_fields
 
