@@ -1,24 +1,31 @@
-"""Directories that are whole or absent: written under another name, digested, synced and renamed; verified before they are read.
+"""Directories that are whole or absent: digested, synced, sealed by a manifest and renamed; verified before they are read.
 
-Digests are xxh3-128: they find damage and mix-ups, not an attacker.
+How they are written under another name first is in staging.py. Digests are xxh3-128: they find damage and mix-ups, not an attacker.
 """
 
 import contextlib
-import fcntl
 import json
 import os
+import re
 import shutil
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
 from kto_ds.errors import UserError, excerpt
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of all artefacts; raised when a reader of today could not read them
+FORMAT = 3  # of all artefacts; raised when a reader of today could not read them
 RESUME = "resume.json"  # in an unfinished folder that can be gone on with: what it is the beginning of
 CHUNK_BYTES = 1 << 22
+MAX_JSON_BYTES = 1 << 26  # of a manifest; one of 100,000 files takes about 10 MB
+READERS = 8  # files that are digested at a time: reading and xxhash let other threads go on
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def digest_of(*parts: bytes | str) -> str:
@@ -41,7 +48,40 @@ def file_digest(path: Path) -> str:
 
 def folder_digest(folder: Path, names: list[str]) -> str:
     """Return one digest of the named files of a folder, names included, in sorted order."""
-    return digest_of(*(part for name in sorted(names) for part in (name, file_digest(folder / name))))
+    names = sorted(names)
+    with ThreadPoolExecutor(READERS) as readers:
+        digests = list(readers.map(lambda name: file_digest(folder / name), names))
+    return digest_of(*(part for pair in zip(names, digests) for part in pair))
+
+
+def canonical_json(value: object) -> str:
+    """Return the one text of a JSON value: the same before it was written and after it was read; 1, 1.0 and true have different ones."""
+    # Numbers that are keys become text in JSON, which sorts otherwise.
+    return json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
+
+
+def read_json(path: Path) -> object:
+    """Return the JSON value of a small file of ours; ValueError says what is wrong with it. What lies in its place cannot make the reader wait."""
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a plain file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        with open(path, "rb") as file:
+            return json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"), object_pairs_hook=_each_key_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror or error}") from error
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {excerpt(key)} occurs twice")
+    return found
 
 
 def fsync_path(path: Path) -> None:
@@ -69,14 +109,28 @@ def describe_file(path: Path) -> dict:
 
 def describe_folder(folder: Path, *, besides: Path | None = None) -> dict[str, dict]:
     """Return {relative name: size and digest} of every file below `folder`, but of what says how far the folder is, and of the subfolder `besides`."""
-    own = {folder / MANIFEST, folder / RESUME}
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own and besides not in path.parents)
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
+    return {name: describe_file(path) for name, path in _contents(folder) if path.is_file() and besides not in path.parents}
+
+
+def _contents(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (relative name, path) of whatever lies below `folder` and is no folder, but of what says how far the folder is."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_own = name in (MANIFEST, RESUME) or name.startswith(f".{MANIFEST}.")
+        if not is_own and (path.is_symlink() or not path.is_dir()):
+            yield name, path
 
 
 def seal(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
-    """Write the manifest that makes the folder complete; `files` is what describe_folder or its parts say."""
-    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1))
+    """Write the manifest that makes the folder complete, with a digest of its own; `files` is what describe_folder or its parts say."""
+    for half_written in folder.glob(f".{MANIFEST}.*.tmp"):  # by an attempt that was killed in here
+        half_written.unlink()
+    content = {"format": FORMAT, **manifest, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps({**content, "digest": _own_digest(content)}, indent=1))
+
+
+def _own_digest(manifest: dict) -> str:
+    return digest_of(canonical_json({key: value for key, value in manifest.items() if key != "digest"}))
 
 
 def incomplete_path(final: Path) -> Path:
@@ -113,106 +167,71 @@ def recover(final: Path) -> None:
             old.rename(final)
 
 
-def fresh_folder(folder: Path) -> None:
-    """Make an empty folder; what lay there is gone."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def claim_folder(folder: Path) -> None:
-    """Make the folder of a run and keep other runs out of it for as long as this process lives; UserError when one is in it already."""
-    if folder.resolve() in _locks:
-        return
-    remedy = "wait for it, end it, or choose another output_dir"
-    _locks[folder.resolve()] = _lock(folder / ".lock", where=folder, remedy=remedy)
-
-
-def _lock(path: Path, *, where: Path, remedy: str) -> int:
-    """Return the descriptor that holds a lock; UserError when another process holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(where), remedy="choose a folder you may write to") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError("another run is writing here", where=str(where), remedy=remedy) from error
-    return descriptor
-
-
-# Open descriptors hold the locks; the system lets go of them however a process ends.
-_locks: dict[Path, int] = {}
-
-
-@contextlib.contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty `<name>.incomplete` that is renamed to `final` when the block ends well, and removed when it does not."""
-    staging = incomplete_path(final)
-    try:
-        fresh_folder(staging)
-        yield staging
-        move_into_place(staging, final)
-    except OSError as error:
-        raise _unwritable(final, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _unwritable(final: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to")
-
-
-@contextlib.contextmanager
-def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
-    """Yield `<name>.incomplete` that is renamed to `final` when the block ends well, and stays for the next attempt when it does not.
-
-    What an attempt of the same `identity` (JSON values) left is there again; what another one left is gone. The block seals the folder.
-    """
-    staging = incomplete_path(final)
-    lock = _lock(final.with_name(f".{final.name}.lock"), where=final, remedy="wait for it, end it, or choose another folder")
-    try:
-        if not can_resume(final, identity):
-            fresh_folder(staging)
-            write_atomically(staging / RESUME, _resume_text(identity))
-        yield staging
-        (staging / RESUME).unlink()
-        move_into_place(staging, final)
-    except OSError as error:
-        raise _unwritable(final, error) from error
-    finally:
-        os.close(lock)
-
-
-def can_resume(final: Path, identity: dict) -> bool:
-    """Tell whether an attempt of this `identity` was cut short and can be gone on with."""
-    path = incomplete_path(final) / RESUME
-    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") == _resume_text(identity)
-
-
-def _resume_text(identity: dict) -> str:
-    return json.dumps({"format": FORMAT, "identity": identity}, sort_keys=True)
+def state_of(folder: Path) -> Literal["sealed", "unfinished", "missing"]:
+    """Tell how far the artefact of this name is; what lies in the place of a manifest counts as one until it is read."""
+    recover(folder)
+    if os.path.lexists(folder / MANIFEST):
+        return "sealed"
+    return "unfinished" if incomplete_path(folder).exists() else "missing"
 
 
 def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
-    """Return the manifest of a complete artefact of this `kind`, or say which command makes one."""
-    recover(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        state = "unfinished" if incomplete_path(folder).exists() else "missing"
+    """Return the manifest of a complete artefact of this `kind`.
+
+    UserError with this `remedy` when there is none, or it is damaged, of another format or of another kind. The files are not looked at.
+    """
+    if (state := state_of(folder)) != "sealed":
         raise UserError(f"the {kind} artefact is {state}", where=str(folder), remedy=remedy)
+    path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["kind"]
-        files = {name: {"bytes": entry["bytes"], "digest": entry["digest"]} for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or "format" not in manifest:
+            raise ValueError("it names no format")
+        written_in = excerpt(manifest["format"])
+        if written_in == str(FORMAT):  # what one of another format has to hold is not known here
+            manifest = _checked(manifest)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"damaged manifest: {error}", where=str(path), remedy=remedy) from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"written in format {excerpt(manifest.get('format'))}, this version reads {FORMAT}", where=str(path), remedy=remedy)
-    if found != kind:
-        raise UserError(f"expected a {kind} artefact, found {excerpt(found)}", where=str(path), remedy=remedy)
-    return {**manifest, "files": files}
+    if written_in != str(FORMAT):
+        raise UserError(f"written in format {written_in}, this version reads {FORMAT}", where=str(path), remedy=remedy)
+    if manifest["kind"] != kind:
+        raise UserError(f"expected a {kind} artefact, found {excerpt(manifest['kind'])}", where=str(path), remedy=remedy)
+    with contextlib.suppress(OSError):  # left by a kill after the rename; it means nothing any more, and this process may only read
+        (folder / RESUME).unlink(missing_ok=True)
+    return manifest
+
+
+def _checked(manifest: dict) -> dict:
+    """Return the manifest without its own digest; ValueError when that does not fit, or it does not say what a manifest must."""
+    if manifest.get("digest") != _own_digest(manifest):
+        raise ValueError("its content does not have its own digest")
+    if not isinstance(manifest.get("kind"), str) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("it does not name its kind and its files")
+    for name, entry in manifest["files"].items():
+        if problem := _entry_problem(name, entry):
+            raise ValueError(f"files: {excerpt(name)} {problem}")
+    return {key: value for key, value in manifest.items() if key != "digest"}
+
+
+def _entry_problem(name: str, entry: object) -> str:
+    if not _is_inside(name):
+        return "is not the name of a file inside the folder"
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "digest"}:
+        return f"needs bytes and digest, found {excerpt(entry)}"
+    if type(entry["bytes"]) is not int or entry["bytes"] < 0:
+        return f"cannot have {excerpt(entry['bytes'])} bytes"
+    if not isinstance(entry["digest"], str) or not DIGEST.fullmatch(entry["digest"]):
+        return f"has no digest of 32 hex digits: {excerpt(entry['digest'])}"
+    return ""
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file of an artefact can have this name: relative, spelled in one way only, and possible on this system."""
+    try:
+        possible = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    return possible and name != MANIFEST and not {"", ".", ".."} & set(name.split("/"))
 
 
 def damaged_files(folder: Path, manifest: dict) -> list[str]:
@@ -221,16 +240,33 @@ def damaged_files(folder: Path, manifest: dict) -> list[str]:
 
 
 def _file_problem(folder: Path, name: str, entry: dict) -> str:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-        return f"{excerpt(name)} is not a plain file inside the folder"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-    if file_digest(path) != entry["digest"]:
-        return f"{name} does not have the digest of the manifest: its bytes have changed"
+    """Return what is wrong with a file. No link is followed below the folder, and only a plain file of the right size is opened."""
+    elsewhere = f"{excerpt(name)} is not a plain file inside the folder"
+    if not _is_inside(name):
+        return elsewhere
+    path = folder
+    try:
+        for part in name.split("/"):
+            path = path / part
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode):
+                return elsewhere
+        if not stat.S_ISREG(status.st_mode):
+            return elsewhere
+        if status.st_size != entry["bytes"]:
+            return f"{excerpt(name)} has {status.st_size} bytes, the manifest says {entry['bytes']}"
+        if file_digest(path) != entry["digest"]:
+            return f"{excerpt(name)} does not have the digest of the manifest: its bytes have changed"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{excerpt(name)} is missing"
+    except OSError as error:
+        return f"{excerpt(name)} cannot be read: {error.strerror or error}"
     return ""
+
+
+def unlisted_files(folder: Path, manifest: dict) -> list[str]:
+    """Return one line for whatever lies in the folder of an artefact and is not in its manifest."""
+    return [f"{excerpt(name)} is not listed in the manifest" for name, _ in _contents(folder) if name not in manifest["files"]]
 
 
 def require_intact(folder: Path, manifest: dict, *, remedy: str) -> None:

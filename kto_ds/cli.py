@@ -27,9 +27,10 @@ COMMANDS = {
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",
     "export": "newest checkpoint -> Hugging Face folder",
+    "verify": "every digest of the run's artefacts and checkpoints",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("prepare", "inspect", "export", "demo")
+SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "inspect": {

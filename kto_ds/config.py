@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from kto_ds.config_data import DataConfig
 from kto_ds.config_types import Count, Folder, NonNegative, Positive, Section, Text, refuse_bool
@@ -29,8 +29,21 @@ class ModelConfig(Section):
 
 class ReferenceConfig(Section):
     path: Text | None = Field(None, description="reference model; default model.path")
+    revision: str | None = Field(None, description="hub revision of reference.path, best a commit hash")
+    dtype: Literal["bfloat16", "float32"] | None = Field(None, description="weights of the reference; default model.dtype")
+    placement: Literal["auto", "replica", "sharded"] = Field(
+        "auto", description="where a model that is only read lies: a copy on every rank, or partitioned over them as by ZeRO-3; auto takes copies where they fit"
+    )
+    per_token: bool = Field(False, description="store the log-probs of single tokens too, for other ways of masking; training reads sums only")
     artifact: Folder | None = Field(None, description="reference artefact; default <output_dir>/reference")
     max_tokens_per_microbatch: Count = Field(16384, description="token budget of one no-grad forward on one rank")
+
+    @field_validator("revision")
+    @classmethod
+    def _check_revision(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("path", "") is None:
+            raise ValueError("only reference.path has a revision of its own; set model.revision, or name the model under reference.path")
+        return value
 
 
 class LossConfig(Section):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kto_ds.data.dataset import FILES
+from kto_ds.data.keys import distinct, ids_key, pair_keys
 from kto_ds.data.kl_groups import assign_kl_groups
 from kto_ds.data.segments import Segment, load_arrays
 from kto_ds.errors import UserError
@@ -62,19 +63,6 @@ def read_index(segments: list[tuple[int, Path]]) -> Rows:
         segment_of=np.repeat(np.arange(len(segments), dtype=np.int32), sizes),
         place_of=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
     )
-
-
-def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (index of each row's key among the distinct ones [N], first row of each distinct key [D]), in order of appearance."""
-    order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
-    ordered = keys[order]
-    starts = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])[: len(keys)]
-    first = order[starts]  # lexsort's last resort is the row number, so that is the first row of each key
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    of = np.empty(len(keys), dtype=np.int64)
-    of[order] = rank[np.cumsum(starts) - 1]
-    return of, np.sort(first)
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> np.ndarray:
@@ -140,7 +128,7 @@ class SplitIndex(NamedTuple):
     """A TokenizedSplit without its tokens; `rows` are those of the examples, [E]."""
 
     rows: Rows
-    arrays: dict[str, np.ndarray]  # the fields of TokenizedSplit, tokens apart
+    arrays: dict[str, np.ndarray]  # the fields of TokenizedSplit, tokens and keys apart
     prompt_rows: np.ndarray  # [P], the example whose row holds each prompt
     stored_lengths: np.ndarray  # [E], completion tokens that either pair needs
 
@@ -202,6 +190,21 @@ def save_split(split: SplitIndex, segments: list[tuple[int, Path]], files: list[
             np.lib.format.write_array_header_1_0(stream, header)
             for tokens in _gather(part, rows, lengths, segments):
                 stream.write(tokens.data)
+    completion_tokens = np.load(folder / "completion_tokens.npy", mmap_mode="r", allow_pickle=False)
+    np.save(folder / "pair_keys.npy", keys_of_pairs(split, completion_tokens), allow_pickle=False)
+
+
+def keys_of_pairs(split: SplitIndex, completion_tokens: np.ndarray) -> np.ndarray:
+    """Return the key of every pair, [2E, 2]. The rows have those of whole completions; only one that was cut for a pair is digested again."""
+    halves = []
+    for prompts, lengths in (("prompt_of", "matched_lengths"), ("mismatched_prompt_of", "mismatched_lengths")):
+        prompt_keys = split.rows.prompt_keys[split.prompt_rows[split.arrays[prompts]]]
+        completion_keys = split.rows.completion_keys.copy()
+        for example in np.flatnonzero(split.arrays[lengths] < split.rows.completion_lengths).tolist():
+            start = split.arrays["completion_offsets"][example]
+            completion_keys[example] = ids_key(completion_tokens[start : start + split.arrays[lengths][example]])
+        halves.append(pair_keys(prompt_keys, completion_keys))
+    return np.concatenate(halves)
 
 
 def _gather(part: str, rows: Rows, lengths: np.ndarray, segments: list[tuple[int, Path]]) -> Iterator[np.ndarray]:

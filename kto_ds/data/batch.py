@@ -49,7 +49,8 @@ def _move(record, device: torch.device):
     for field in fields(record):
         value = vars(record)[field.name]
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
+            # From ordinary memory the copy would wait until the device has done all that was queued before it.
+            moved[field.name] = (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
         elif isinstance(value, Segments):
             moved[field.name] = _move(value, device)
     return replace(record, **moved)

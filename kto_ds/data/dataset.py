@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kto_ds.artifacts import digest_of
-
 
 @dataclass(frozen=True)
 class TokenizedSplit:
@@ -26,6 +24,7 @@ class TokenizedSplit:
     mismatched_lengths: np.ndarray  # [E] int64, completion tokens that fit after the mismatched prompt
     desirable: np.ndarray  # [E] bool
     kl_group_of: np.ndarray  # [E] int64
+    pair_keys: np.ndarray  # [2E, 2] uint64, the name of every pair under which a reference log-prob is stored; see keys.py
     file_of: np.ndarray  # [E] int32, index into `files`
     row_of: np.ndarray  # [E] int64, line or row number in that file
     files: tuple[str, ...]  # what stands before a row's number in its name: "rows.jsonl:" or "rows.parquet:row "
@@ -61,10 +60,6 @@ class TokenizedSplit:
     def completion(self, pair: int) -> np.ndarray:
         start = self.completion_offsets[pair % self.num_examples]
         return self.completion_tokens[start : start + self.pair_lengths[pair]]
-
-    def pair_key(self, pair: int) -> str:
-        """Digest of (prompt ids, completion ids): the name under which a reference log-prob is stored."""
-        return digest_of(self.prompt(self.pair_prompts[pair]).tobytes(), self.completion(pair).tobytes())
 
     def row_name(self, example: int) -> str:
         return f"{self.files[self.file_of[example]]}{self.row_of[example]}"

@@ -1,44 +1,143 @@
-"""Reference log-probs on disk, by pair key: shards of (key, logp, num_tokens), and the join that finds no row twice and misses none."""
+"""Reference log-probs on disk: shards of (key, log-prob, length), each committed by one rename, and the join that takes no row for another.
 
+Legend: N rows, T tokens of all their completions. A shard is a safetensors file: nothing in it can run code or grow when it is read. Its
+name ends with the digest of its bytes, so whoever meets it in an unfinished folder knows whether it is what was written.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
+from kto_ds.artifacts import file_digest, fsync_path
+from kto_ds.data.keys import distinct
 from kto_ds.errors import UserError
 
-KEY_DTYPE = "S32"  # hex digest of a pair
-# A sum of log-probs is at most 0; one of an all but certain completion may round above it.
-LARGEST_LOGP = 1e-3
+# A sum of log-probs is below 0. One of an all but certain completion may round to 0 or above it, and is stored as the largest number below,
+# so that a 0 on disk is never a value: it is a row that nobody scored.
+LARGEST_LOGP = -np.finfo(np.float32).tiny
+ROUNDING = 1e-3  # nats above 0 that are still rounding
+NAME = re.compile(r"(?P<kind>kept|scored)-(?P<number>\d{6})\.(?P<digest>[0-9a-f]{32})\.safetensors")
+MAX_SHARD_BYTES = 1 << 28
+MAX_ROWS, MAX_TOKENS = 1 << 20, 1 << 24  # of a shard of rows that were taken over, so that it stays below MAX_SHARD_BYTES
 
 
-class ReferenceTable(NamedTuple):
-    keys: np.ndarray  # [N] S32, sorted
-    logps: np.ndarray  # [N] float32
+class ReferenceRows(NamedTuple):
+    keys: np.ndarray  # [N, 2] uint64, of pairs, see keys.py
+    logps: np.ndarray  # [N] float32, of the whole completion, in nats
+    num_tokens: np.ndarray  # [N] int32, tokens of the completion
+    token_logps: np.ndarray | None = None  # [T] float32, those of each row's tokens one after the other; None unless reference.per_token
+
+    def select(self, chosen: np.ndarray) -> "ReferenceRows":
+        """Return the rows at some places, or where a mask [N] is true."""
+        token_logps = self.token_logps
+        if token_logps is not None:
+            places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+            ends = np.cumsum(self.num_tokens)
+            parts = [token_logps[ends[place] - self.num_tokens[place] : ends[place]] for place in places.tolist()]
+            token_logps = np.concatenate([token_logps[:0], *parts])
+        return ReferenceRows(self.keys[chosen], self.logps[chosen], self.num_tokens[chosen], token_logps)
+
+    def without_tokens(self) -> "ReferenceRows":
+        return self._replace(token_logps=None)
 
 
-def write_shard(path: Path, *, keys: np.ndarray, logps: np.ndarray, num_tokens: np.ndarray) -> None:
-    """Write scored pairs [n] as one Parquet file."""
-    table = pa.table({"key": pa.array(keys.astype("U32")), "logp": pa.array(logps, pa.float32()), "num_tokens": pa.array(num_tokens, pa.int32())})
-    pq.write_table(table, path)
+def no_rows(per_token: bool) -> ReferenceRows:
+    return ReferenceRows(np.empty((0, 2), np.uint64), np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.float32) if per_token else None)
 
 
-def read_shards(folder: Path, names: list[str]) -> ReferenceTable:
-    """Return all shards as one sorted table; UserError on a value that cannot be a sequence log-prob."""
-    tables = [pq.read_table(folder / name, columns=["key", "logp"]) for name in sorted(names)]
-    table = pa.concat_tables(tables)
-    keys, logps = table["key"].to_numpy().astype(KEY_DTYPE), table["logp"].to_numpy()
-    bad = ~np.isfinite(logps) | (logps > LARGEST_LOGP)
+def join_rows(parts: Iterable[ReferenceRows], per_token: bool) -> ReferenceRows:
+    """Return the rows of all parts; their tokens are left out unless `per_token`, in which case all parts must have them."""
+    parts = [no_rows(per_token), *parts]
+    token_logps = np.concatenate([part.token_logps for part in parts]) if per_token else None
+    return ReferenceRows(*(np.concatenate([part[column] for part in parts]) for column in range(3)), token_logps)
+
+
+def split_rows(rows: ReferenceRows) -> Iterator[ReferenceRows]:
+    """Yield the rows in parts that fit a shard each."""
+    tokens = np.cumsum(rows.num_tokens, dtype=np.int64)
+    start = 0
+    while start < len(rows.keys):
+        before = tokens[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(tokens, before + MAX_TOKENS, side="right")))
+        end = min(end, start + MAX_ROWS, len(rows.keys))
+        yield rows.select(np.arange(start, end))
+        start = end
+
+
+def write_shard(folder: Path, kind: str, number: int, rows: ReferenceRows) -> Path:
+    """Commit rows as one shard: a reader finds the whole of it on disk, or nothing. Kind is `scored`, or `kept` for what was taken over."""
+    content = save({name: np.ascontiguousarray(value) for name, value in rows._asdict().items() if value is not None})
+    path = folder / f"{kind}-{number:06d}.{xxhash.xxh3_128(content).hexdigest()}.safetensors"
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    temporary.write_bytes(content)
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(folder)
+    return path
+
+
+def committed_shards(folder: Path, kind: str) -> dict[int, Path]:
+    """Return {number: shard} of those in an unfinished folder whose bytes are what was written; what is damaged or half-written is deleted."""
+    shards = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = NAME.fullmatch(path.name)
+        if name is None:
+            if path.suffix == ".tmp":
+                path.unlink(missing_ok=True)
+        elif name["kind"] == kind:
+            if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_SHARD_BYTES or file_digest(path) != name["digest"]:
+                path.unlink()
+            else:
+                shards[int(name["number"])] = path
+    return shards
+
+
+def read_shard(path: Path) -> ReferenceRows:
+    """Return the rows of a shard; UserError unless it is one, and every log-prob in it can be one."""
+    if path.stat().st_size > MAX_SHARD_BYTES:
+        raise _unusable(path, f"it has {path.stat().st_size:,} bytes, no shard has more than {MAX_SHARD_BYTES:,}")
+    try:
+        arrays = load(path.read_bytes())
+        rows = ReferenceRows(arrays.pop("keys"), arrays.pop("logps"), arrays.pop("num_tokens"), arrays.pop("token_logps", None))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _unusable(path, f"it is not a shard of reference log-probs ({error})") from error
+    size = len(rows.logps)
+    shapes = [(rows.keys, (size, 2), np.uint64), (rows.logps, (size,), np.float32), (rows.num_tokens, (size,), np.int32)]
+    if rows.token_logps is not None:
+        shapes.append((rows.token_logps, (int(rows.num_tokens.sum(dtype=np.int64)),), np.float32))
+    if arrays or any(array.shape != shape or array.dtype != dtype for array, shape, dtype in shapes) or (rows.num_tokens < 1).any():
+        raise _unusable(path, "its columns do not fit together")
+    bad = ~((rows.logps <= LARGEST_LOGP) & np.isfinite(rows.logps))
     if bad.any():
-        raise UserError(f"{bad.sum()} of {len(logps)} log-probs are not finite or above 0, the first: {logps[bad][0]}", where=str(folder), remedy="run kto-ds precompute-ref again")
-    order = np.argsort(keys, kind="stable")
-    return ReferenceTable(keys[order], logps[order])
+        what = f"{bad.sum()} of {size} log-probs are not finite, 0 or above 0 (0 is a row that was never scored), the first: {rows.logps[bad][0]}"
+        raise _unusable(path, what)
+    return rows
 
 
-def look_up(table: ReferenceTable, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (logps [n] float32, found [n] bool); what is not found is NaN."""
-    places = np.minimum(np.searchsorted(table.keys, keys), len(table.keys) - 1)
-    found = table.keys[places] == keys
-    return np.where(found, table.logps[places], np.float32(np.nan)), found
+def read_shards(paths: Iterable[Path], per_token: bool = False) -> ReferenceRows:
+    """Return the rows of some shards; UserError where a key is there twice or `per_token` asks for what a shard does not have."""
+    parts = []
+    for path in paths:
+        rows = read_shard(path)
+        if per_token and rows.token_logps is None:
+            raise _unusable(path, "it has no log-probs of single tokens")
+        parts.append(rows if per_token else rows.without_tokens())
+    rows = join_rows(parts, per_token)
+    _, first = distinct(rows.keys)
+    if len(first) != len(rows.keys):
+        raise UserError(f"{len(rows.keys) - len(first)} reference log-probs are there twice", where=str(path.parent), remedy=REMEDY)
+    return rows
+
+
+REMEDY = "run kto-ds precompute-ref again"
+
+
+def _unusable(path: Path, what: str) -> UserError:
+    return UserError(what, where=str(path), remedy=REMEDY)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from kto_ds.data.assemble import Rows, SplitIndex, distinct
+from kto_ds.data.assemble import Rows, SplitIndex
 from kto_ds.data.balance import recommended_weights
+from kto_ds.data.keys import distinct
 
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)

@@ -22,14 +22,19 @@ class Policy(nn.Module):
         self.lm = lm
         lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the log-prob of each pair's completion after its prompt, summed over its tokens: [S] float32."""
+    def forward(self, batch: Batch, per_token: bool = False) -> Tensor:
+        """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C]."""
         inputs = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments}
         # With use_cache, transformers would take packed positions for one sequence.
         outputs = self.lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predictors]  # [C, D]
         token_logps = self.lm.get_output_embeddings()(hidden, batch.targets)  # [C]
-        # A filler scores one sequence and keeps none: the result is empty, yet part of the graph, so backward runs on every rank.
-        num_sequences = max(batch.num_pairs, 1)
-        sums = torch.zeros(num_sequences, dtype=torch.float32, device=token_logps.device).index_add(0, batch.sequence_of, token_logps)
-        return sums[: batch.num_pairs]
+        return token_logps if per_token else sum_by_pair(token_logps, batch)
+
+
+def sum_by_pair(token_logps: Tensor, batch: Batch) -> Tensor:
+    """Add up the log-probs of each pair's tokens: [C] -> [S] float32."""
+    # A filler scores one sequence and keeps none: the result is empty, yet part of the graph, so backward runs on every rank.
+    num_sequences = max(batch.num_pairs, 1)
+    sums = torch.zeros(num_sequences, dtype=torch.float32, device=token_logps.device).index_add(0, batch.sequence_of, token_logps)
+    return sums[: batch.num_pairs]

@@ -9,17 +9,18 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kto_ds.config import ModelConfig
-from kto_ds.data.batch import Batch, make_batch
+from kto_ds.data.batch import make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.model.attention import choose_backend
-from kto_ds.model.load import load_policy
+from kto_ds.model.policy import sum_by_pair
 from kto_ds.model.support import DTYPES, choose_layout
 
 
 class ScoredPairs(NamedTuple):
     pairs: np.ndarray  # [S] pair ids
     logps: Tensor  # [S] float32, on the model's device
+    token_logps: Tensor | None = None  # [C] float32, of all their tokens, where they were asked for
 
 
 class Serving(NamedTuple):
@@ -35,22 +36,21 @@ def choose_serving(model: ModelConfig, config: PretrainedConfig, device: torch.d
     return Serving(layout, choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype]), notice)
 
 
-def load_scorer(model: ModelConfig, config: PretrainedConfig, serving: Serving, device: torch.device) -> Callable[[Batch], Tensor]:
-    """Return a whole copy of the model on this rank's device, as something that scores batches."""
-    policy = load_policy(model, config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False, partition_for=None)
-    return policy.eval().to(device)
-
-
 @torch.no_grad()
 def score(
-    forward: Callable[[Batch], Tensor],
+    forward: Callable[..., Tensor],  # that of Policy
     micro_batches: Iterable[MicroBatch],
     split: TokenizedSplit,
     *,
     layout: Layout,
     device: torch.device,
+    per_token: bool = False,
 ) -> Iterator[ScoredPairs]:
-    """Yield the log-probs of each micro-batch; a filler yields none, after running its forward."""
+    """Yield the log-probs of each micro-batch; a filler yields none, after running its forward. Nothing here waits for the device."""
     for micro_batch in micro_batches:
-        batch = make_batch(micro_batch, split, layout)
-        yield ScoredPairs(batch.pair_ids, forward(batch.to(device)))
+        batch = make_batch(micro_batch, split, layout).to(device)
+        if per_token:
+            token_logps = forward(batch, per_token=True)
+            yield ScoredPairs(batch.pair_ids, sum_by_pair(token_logps, batch), token_logps if batch.num_pairs else token_logps[:0])
+        else:
+            yield ScoredPairs(batch.pair_ids, forward(batch))

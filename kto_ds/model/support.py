@@ -1,5 +1,6 @@
 """What a model is and how it can be served: decided from its config and files, before any weight is read."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -101,4 +102,11 @@ def weight_files(model: ModelConfig) -> tuple[Path, list[str]]:
 def model_digest(model: ModelConfig) -> str:
     """Digest of the weights and config as files, the same whether or not parameters are partitioned later."""
     folder, names = weight_files(model)
-    return folder_digest(folder, [*names, "config.json"])
+    code = [path.name for path in folder.glob("*.py")] if model.trust_remote_code else []
+    return folder_digest(folder, [*names, "config.json", *code])
+
+
+def quantization(model: ModelConfig) -> dict | None:
+    """Return how the weights are quantised, as their config.json says, None where they are not."""
+    folder, _ = weight_files(model)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kto_ds.artifacts import MANIFEST, damaged_files, describe_file, fresh_folder, fsync_path, read_manifest, seal
+from kto_ds.artifacts import MANIFEST, damaged_files, describe_file, fsync_path, read_manifest, seal
 from kto_ds.errors import KtoError, UserError
 from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank
 from kto_ds.runtime.engine import Engine
+from kto_ds.staging import fresh_folder
 
 KIND = "checkpoint"
 TAG = "state"

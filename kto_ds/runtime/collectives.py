@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +48,13 @@ def start() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def free_memory(world: World) -> int:
+    """Return the bytes that this rank can still take on its device; ranks of one machine share its memory where that is the device."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on at the moment."""
     with socket.socket() as probe:
@@ -58,6 +66,11 @@ def sum_across_ranks(values: Tensor) -> Tensor:
     """Add `values` over the ranks in place and return it."""
     dist.all_reduce(values)
     return values
+
+
+def any_across_ranks(flag: bool, device: torch.device) -> bool:
+    """Tell whether the flag is up on any rank; the same answer on all."""
+    return bool(sum_across_ranks(torch.tensor(float(flag), device=device)))
 
 
 def gather_objects(value: Result) -> list[Result]:

@@ -77,6 +77,22 @@ def zero_stage(deepspeed_config: dict) -> int:
     return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def reading_config(raw: dict, *, dtype: str) -> dict:
+    """Return the config for a partitioned model that is only read: the parameters' part of a stage 3 file, DeepSpeed's defaults without one."""
+    section = raw.get("zero_optimization", {}) if zero_stage(raw) == 3 else {"stage": 3}
+    completed = {
+        "steps_per_print": None,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {key: value for key, value in section.items() if key != "offload_optimizer"},
+    }
+    return {**completed, "bf16": {"enabled": True}} if dtype == "bfloat16" else completed
+
+
+def offloads_parameters(raw: dict) -> bool:
+    return zero_stage(raw) == 3 and raw["zero_optimization"].get("offload_param", {}).get("device", "none") != "none"
+
+
 def complete_deepspeed_config(raw: dict, *, optim: OptimConfig, dtype: str, on_cuda: bool) -> dict:
     """Return the config for deepspeed.initialize: the file, and everything the run config owns."""
     offloads = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

@@ -69,5 +69,12 @@ class Engine:
         return self.deepspeed.get_lr()[0]
 
 
+def shard_for_reading(policy: Policy, deepspeed_config: dict) -> Callable[..., Tensor]:
+    """Return a policy that ZeRO-3 has partitioned, as something that scores batches without gradients. Every rank must call it equally often."""
+    engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config)
+    engine.eval()
+    return engine
+
+
 def _scheduler(optim: OptimConfig, num_steps: int) -> Callable:
     return partial(get_scheduler, optim.lr_scheduler_type, num_warmup_steps=math.ceil(optim.warmup_ratio * num_steps), num_training_steps=num_steps)

@@ -6,12 +6,13 @@ from kto_ds.artifacts import write_atomically
 from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
 from kto_ds.errors import UserError
-from kto_ds.model.scoring import choose_serving, load_scorer
+from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config
 from kto_ds.runtime.collectives import barrier, on_main_rank, start
 from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, evaluate_split
+from kto_ds.stages.serving import load_scorer, place
 
 EXPORT_FIRST = "run kto-ds export --config RUN.yaml, or set eval.path"
 
@@ -30,7 +31,7 @@ def main(config: RunConfig) -> None:
     for name in names:
         require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
     serving = choose_serving(model, model_config, world.device)
-    scorer = load_scorer(model, model_config, serving, world.device)
+    scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world)
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     metrics = {name: evaluate_split(scorer, splits[name], references[name], loss, sharding=sharding) for name in names}
     if world.is_main:

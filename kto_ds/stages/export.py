@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from kto_ds.artifacts import require_match, staged_folder
+from kto_ds.artifacts import require_match
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
@@ -16,6 +16,7 @@ from kto_ds.report.sinks import METRICS_FILE, read_records
 from kto_ds.runtime.checkpoint import Checkpoint, newest_verified, read_weights
 from kto_ds.runtime.collectives import start
 from kto_ds.stages.identity import library_versions, run_record, run_tokenizer, weights_line, weights_of_record
+from kto_ds.staging import staged_folder
 
 MAX_SHARD_SIZE = "5GB"
 TRAIN_FIRST = "run kto-ds train --config RUN.yaml"

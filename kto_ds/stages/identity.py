@@ -13,10 +13,9 @@ from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.config_data import SourceConfig
 from kto_ds.data.balance import recommended_weights
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.reference import KEY_DTYPE
 from kto_ds.data.tokenization import load_tokenizer
 from kto_ds.errors import UserError, excerpt
-from kto_ds.model.support import model_digest
+from kto_ds.model.support import model_digest, quantization
 from kto_ds.rows.sources import list_files
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
@@ -32,9 +31,11 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 def reference_model(config: RunConfig) -> ModelConfig:
     """Return the section that describes the reference: the policy's own, unless reference.path names another model."""
-    if config.reference.path is None:
-        return config.model
-    return config.model.model_copy(update={"path": config.reference.path, "revision": None})
+    section = config.reference
+    dtype = section.dtype or config.model.dtype
+    if section.path is None:
+        return config.model.model_copy(update={"dtype": dtype})
+    return config.model.model_copy(update={"path": section.path, "revision": section.revision, "dtype": dtype})
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -171,13 +172,26 @@ def reference_identity(config: RunConfig, dataset_manifest: dict) -> dict:
     """What reference log-probs depend on, the pairs apart. The weights are digested as files, so partitioning does not matter."""
     model = reference_model(config)
     carried = {key: dataset_manifest["identity"][key] for key in ("tokenizer", "chat_template", "max_length", "truncation_mode")}
-    return {"reference model": model_digest(model), "dtype": model.dtype, **carried}
+    return {"reference model": model_digest(model), "dtype": model.dtype, "quantization": _as_text(quantization(model)), **carried}
 
 
-def needed_pairs(split: TokenizedSplit, loss_type: str) -> np.ndarray:
-    """Return the pair ids whose reference log-prob the loss needs: all 2E for kto, the E matched ones for apo_zero_unpaired."""
-    return np.arange(split.num_examples * (2 if loss_type == "kto" else 1))
+# What a log-prob of given tokens depends on. Truncation is not among it: a pair's name is made of the tokens that are left.
+SAME_VALUES = ("reference model", "dtype", "quantization", "tokenizer", "chat_template")
 
 
-def pair_keys(split: TokenizedSplit, pairs: np.ndarray) -> np.ndarray:
-    return np.array([split.pair_key(pair) for pair in pairs.tolist()], dtype=KEY_DTYPE)
+def gives_same_values(identity: dict, other: object) -> bool:
+    """Tell whether log-probs of one reference identity are those of another for the same tokens. `other` may be anything that JSON holds."""
+    return isinstance(other, dict) and all(other.get(key) == identity[key] for key in SAME_VALUES)
+
+
+def reference_origin(config: RunConfig, dataset_manifest: dict) -> dict:
+    """What a reference artefact came from, in the words of the config: not compared, but told where something else does not match."""
+    model = reference_model(config)
+    fields = {key: value for key, value in dataset_manifest["identity"].items() if key not in ("contents", "tokenizer", "chat_template")}
+    return {"model.path": model.path, "model.revision": model.revision, **fields}
+
+
+def origin_differences(expected: dict, found: object) -> list[str]:
+    """Return one line for each thing in which the origin of an artefact differs from that of the run."""
+    found = found if isinstance(found, dict) else {}
+    return [f"{key}: this run has {excerpt(value)}, the artefact was made with {excerpt(found.get(key))}" for key, value in expected.items() if found.get(key) != value]

@@ -120,24 +120,39 @@ def evaluate_split(
     return metrics
 
 
-def check_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.ndarray, examples: np.ndarray, *, dtype: str, sharding: Sharding) -> float:
-    """Score the matched pairs of `examples` and return the largest |policy - reference| log-prob, in nats a sequence.
+class Drift(NamedTuple):
+    """How far the policy's own log-probs lie from the reference's before the first update, in nats."""
 
-    Before the first update both are the same model, so what is left is rounding, the noise floor of the rewards. It grows with the square
-    root of a completion's length, while another model or template differs by as much in every token. UserError beyond rounding.
+    mean_per_token: float  # the noise floor, where both are the same model
+    largest: float  # of a sequence, at the worst row
+    allowed: float  # there
+    worst_row: str
+
+    def __str__(self) -> str:
+        return f"{self.mean_per_token:.1e} nats a token on average, {self.largest:.1e} nats at the worst sequence, {self.worst_row}"
+
+
+def measure_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.ndarray, pairs: np.ndarray, *, dtypes: set[str], sharding: Sharding) -> Drift:
+    """Score `pairs`, ascending pair ids, and compare with the reference. All ranks call this and get the same answer.
+
+    Before the first update policy and reference are the same model, so what is left is rounding, the noise floor of the rewards. It grows
+    with the square root of a completion's length, while another model or template differs by as much in every token. `dtypes` are those of
+    the two: the coarser one rounds.
     """
-    logps = logps_of(engine, examples, split, sharding)
-    require_finite(logps, examples, split, "before the first step")
-    drift = np.abs(logps.cpu().numpy() - reference_logps[examples])
-    allowed = DRIFT_TOLERANCE[dtype] * np.sqrt(split.matched_lengths[examples])
+    logps = logps_of(engine, pairs, split, sharding)
+    require_finite(logps, pairs % split.num_examples, split, "before the first step")
+    drift = np.abs(logps.cpu().numpy() - reference_logps[pairs])
+    lengths = split.pair_lengths[pairs]
+    allowed = max(DRIFT_TOLERANCE[dtype] for dtype in dtypes) * np.sqrt(lengths)
     worst = int((drift / allowed).argmax())
-    if drift[worst] > allowed[worst]:
-        raise UserError(
-            f"the policy does not reproduce its own reference log-probs: {drift[worst]:.2g} nats at {split.row_name(examples[worst])}, {allowed[worst]:.2g} allowed in {dtype}",
-            where="reference.artifact",
-            remedy="run kto-ds precompute-ref again with this model and these libraries",
-        )
-    return float(drift.max())
+    return Drift(float(drift.sum() / lengths.sum()), float(drift[worst]), float(allowed[worst]), split.row_name(pairs[worst] % split.num_examples))
+
+
+def require_no_drift(drift: Drift) -> None:
+    """Raise UserError where the drift is beyond rounding."""
+    if drift.largest > drift.allowed:
+        what = f"the policy does not reproduce its own reference log-probs: {drift.largest:.2g} nats at {drift.worst_row}, {drift.allowed:.2g} allowed"
+        raise UserError(what, where="reference.artifact", remedy="run kto-ds precompute-ref again with this model and these libraries")
 
 
 def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:

@@ -1,33 +1,56 @@
-"""Frozen reference model -> log-probs of every pair, on disk. No optimizer, no engine, and no collective while the ranks score.
+"""Frozen reference model -> log-probs of every pair, on disk. No optimizer; with a copy on every rank, no collective while the ranks score.
 
-The work is cut into shards by the data alone, so the artefact does not depend on the number of ranks.
+The work is cut into shards by the data alone, so the artefact does not depend on the number of ranks or on interruptions. What an older
+artefact or an unfinished one knows of the same model is taken over by the content of the pairs.
 """
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from kto_ds.artifacts import describe_folder, fresh_folder, incomplete_path, move_into_place, seal
+from kto_ds.artifacts import canonical_json, describe_file, digest_of, incomplete_path, move_into_place, read_manifest, recover, require_intact, seal
 from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import Layout, MicroBatch, make_units, pack, require_fit
-from kto_ds.data.reference import write_shard
-from kto_ds.errors import NumericsError, UserError
-from kto_ds.model.scoring import choose_serving, load_scorer, score
+from kto_ds.data.keys import find
+from kto_ds.data.packing import Layout, MicroBatch
+from kto_ds.data.reference import LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, read_shards, split_rows, write_shard
+from kto_ds.data.reference_work import Shard, Wanted, plan_shards, wanted_pairs
+from kto_ds.errors import KtoError, NumericsError, UserError
+from kto_ds.model.placement import Placement
+from kto_ds.model.scoring import Serving, choose_serving, score
 from kto_ds.model.support import read_model_config
-from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
-from kto_ds.stages.identity import library_versions, needed_pairs, pair_keys, reference_identity, reference_model, require_same_tokenizer
+from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
+from kto_ds.stages.identity import gives_same_values, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
+from kto_ds.stages.serving import load_scorer, place
+from kto_ds.staging import finish_folder, fresh_folder, locked, resume_state, write_resume
 
-MAX_SHARDS = 256
-GIVEN_UP = "given_up"  # a file in the unfinished folder: the ranks have no collective to tell each other while they score
+GIVEN_UP = "given_up"  # a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
 
 
-class Task(NamedTuple):
-    split: str
-    micro_batch: MicroBatch
+class Work(NamedTuple):
+    """What is left to do, the same on every rank."""
+
+    folder: Path
+    shards: list[Shard]
+    todo: list[int]  # those of them that nobody has committed yet
+
+
+class Way(NamedTuple):
+    """How pairs are scored here."""
+
+    scorer: Callable[..., Tensor]
+    layout: Layout
+    placement: Placement
+    per_token: bool
+    world: World
 
 
 def main(config: RunConfig) -> None:
@@ -38,93 +61,174 @@ def main(config: RunConfig) -> None:
     if config.reference.path:
         on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
     identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
-    if on_main_rank(lambda: _is_up_to_date(config, splits, identity)):
-        if world.is_main:
-            print(f"reference artefact: {config.reference_dir} is complete and belongs to this run; nothing to do", flush=True)
-        return
-    serving = choose_serving(model, model_config, world.device)
-    keys_of = {name: _first_keys(split, config.loss.loss_type) for name, split in splits.items()}
-    tasks = _plan(splits, keys_of, serving.layout, config.reference.max_tokens_per_microbatch)
-    shards = _cut_into_shards(tasks)
-    if world.is_main:
-        print(f"scoring {sum(len(keys) for keys in keys_of.values()):,} pairs in {len(tasks):,} micro-batches with {model.path} ({serving.layout}, {serving.backend})", flush=True)
-        if serving.notice:
-            print(f"notice: {serving.notice}", flush=True)
-
-    staging = incomplete_path(config.reference_dir)
-    on_main_rank(lambda: fresh_folder(staging))
-    scorer = load_scorer(model, model_config, serving, world.device)
-    bad_rows = _score_shards(scorer, shards, splits, keys_of, serving.layout, staging, world)
-    if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
-        raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite; rows: {', '.join(bad_rows[:5])}")
-
-    def finish() -> None:
-        manifest = {"kind": "reference", "identity": identity, "layout": serving.layout, "attention": serving.backend, "model": model.path,
-                    "pairs": sum(len(keys) for keys in keys_of.values()), "libraries": library_versions()}  # fmt: skip
-        seal(staging, manifest, describe_folder(staging))
-        move_into_place(staging, config.reference_dir)
-        print(f"reference artefact: {config.reference_dir}", flush=True)
-
-    on_main_rank(finish)
+    origin = reference_origin(config, dataset_manifest)
+    with contextlib.ExitStack() as stack:
+        on_main_rank(lambda: stack.enter_context(locked(config.reference_dir)))
+        if on_main_rank(lambda: _is_up_to_date(config, splits, identity, origin)):
+            if world.is_main:
+                print(f"reference artefact: {config.reference_dir} is complete and belongs to this run; nothing to do", flush=True)
+            return
+        serving = choose_serving(model, model_config, world.device)
+        wanted = wanted_pairs(splits, config.loss.loss_type)
+        work = _open_work(config, splits, wanted, serving, identity)
+        if work.todo:
+            placement = place(config, model, model_config, world)
+            if world.is_main:
+                _say_what_is_done(work, model.path, serving, placement)
+            scorer = load_scorer(config, model, model_config, serving, placement, world)
+            _score_all(work, splits, Way(scorer, serving.layout, placement, config.reference.per_token, world))
+        manifest = {"kind": "reference", "identity": identity, "origin": origin, "layout": serving.layout, "attention": serving.backend,
+                    "per_token": config.reference.per_token, "pairs": len(wanted.keys), "libraries": library_versions()}  # fmt: skip
+        on_main_rank(lambda: _finish(config, work.folder, wanted, manifest))
     barrier()
 
 
-def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], identity: dict) -> bool:
-    """Tell whether train would accept the artefact that is there already."""
+def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], identity: dict, origin: dict) -> bool:
+    """Tell whether train would accept the artefact that is there already, and it has all that is asked for."""
     if not config.reference_dir.is_dir():
         return False
     try:
-        read_reference(config, splits, identity)
+        _, manifest = read_reference(config, splits, identity, origin)
     except UserError as error:
-        print(f"the reference artefact that is there is made anew: {error.what}", flush=True)
+        print(f"the reference artefact that is there does not serve this run: {error.what}", flush=True)
         return False
-    return True
+    return manifest["per_token"] or not config.reference.per_token
 
 
-def _first_keys(split: TokenizedSplit, loss_type: str) -> dict[int, bytes]:
-    """Return {pair id: key} with one pair for each distinct key: equal pairs are scored once."""
-    pairs = needed_pairs(split, loss_type)
-    keys, first = np.unique(pair_keys(split, pairs), return_index=True)
-    return dict(zip(pairs[first].tolist(), keys))
+def _open_work(config: RunConfig, splits: dict[str, TokenizedSplit], wanted: Wanted, serving: Serving, identity: dict) -> Work:
+    """Take over what is known, plan the rest, and find out which of its shards an earlier attempt has committed."""
+    folder = incomplete_path(config.reference_dir)
+    # Equal states cut the same work into the same shards and score them the same way.
+    state = {
+        "identity": identity,
+        "pairs": digest_of(wanted.keys.tobytes(), wanted.split_of.tobytes(), wanted.pairs.tobytes()),
+        "layout": serving.layout,
+        "attention": serving.backend,
+        "max_tokens_per_microbatch": config.reference.max_tokens_per_microbatch,
+        "per_token": config.reference.per_token,
+        "libraries": library_versions(),
+    }
+    is_kept, done = on_main_rank(lambda: _begin(config, folder, wanted, state))
+    shards = plan_shards(splits, wanted.select(~is_kept), layout=serving.layout, max_tokens=config.reference.max_tokens_per_microbatch)
+    return Work(folder, shards, [number for number in range(len(shards)) if number not in done])
 
 
-def _plan(splits: dict[str, TokenizedSplit], keys_of: dict[str, dict[int, bytes]], layout: Layout, max_tokens: int) -> list[Task]:
-    """Return all micro-batches, longest first: matched and mismatched completions of a prompt lie behind it in one pass."""
-    tasks = []
-    for name, split in splits.items():
-        require_fit(split.longest_pair_tokens, max_tokens, "reference.max_tokens_per_microbatch")
-        pairs = np.array(sorted(keys_of[name]))
-        units = make_units(pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths, layout=layout, max_tokens=max_tokens)
-        tasks += [Task(name, micro_batch) for micro_batch in pack(units, layout=layout, max_tokens=max_tokens)]
-    return sorted(tasks, key=lambda task: -sum(unit.cost for unit in task.micro_batch))
+def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tuple[np.ndarray, set[int]]:
+    """Make the unfinished folder ready and return (which wanted pairs need no scoring, [W] bool; the shards of the others that are done)."""
+    recover(folder)
+    attempt = resume_state(folder)
+    kept = committed_shards(folder, "kept")
+    if canonical_json(attempt) == canonical_json({**state, "kept": [path.name for path in kept.values()]}):
+        (folder / GIVEN_UP).unlink(missing_ok=True)
+        done = set(committed_shards(folder, "scored"))
+        if done:
+            print(f"an earlier precompute-ref was cut short: {len(done):,} shards of its work are there", flush=True)
+        return find(read_shards(kept.values()).keys, wanted.keys) >= 0, done
+    known = join_rows(_known_rows(config, folder, state, attempt), state["per_token"])
+    places = find(known.keys, wanted.keys)
+    rows = known.select(places[places >= 0])
+    if len(rows.keys):
+        print(f"taken over: {len(rows.keys):,} of {len(wanted.keys):,} log-probs, as they were scored before by the same model", flush=True)
+    fresh = folder.with_name(f".{folder.name}.next")
+    fresh_folder(fresh)
+    names = [write_shard(fresh, "kept", number, part).name for number, part in enumerate(split_rows(rows))]
+    write_resume(fresh, {**state, "kept": names})
+    move_into_place(fresh, folder)
+    return places >= 0, set()
 
 
-def _cut_into_shards(tasks: list[Task]) -> list[list[Task]]:
-    """Deal the tasks out to at most MAX_SHARDS shards of about equal cost."""
-    num_shards = min(MAX_SHARDS, len(tasks))
-    return [tasks[number::num_shards] for number in range(num_shards)]
+def _known_rows(config: RunConfig, folder: Path, state: dict, attempt: object) -> Iterator[ReferenceRows]:
+    """Yield the rows of the older artefact and of an unfinished one, where the same model made them."""
+    per_token = state["per_token"]
+    final = config.reference_dir
+    if final.is_dir():
+        with contextlib.suppress(UserError):  # why it does not serve this run was said before
+            manifest = read_manifest(final, kind="reference", remedy="")
+            if gives_same_values(state["identity"], manifest["identity"]) and (manifest["per_token"] or not per_token):
+                require_intact(final, manifest, remedy="")
+                yield read_shards((final / name for name in manifest["files"]), per_token)
+    if isinstance(attempt, dict) and gives_same_values(state["identity"], attempt.get("identity")) and (attempt.get("per_token") or not per_token):
+        yield read_shards([*committed_shards(folder, "kept").values(), *committed_shards(folder, "scored").values()], per_token)
 
 
-def _score_shards(scorer, shards: list[list[Task]], splits, keys_of, layout: Layout, staging: Path, world: World) -> list[str]:
-    """Score and write this rank's shards and return the rows whose log-prob is not finite; the first such row ends the work of all ranks."""
-    mine = range(world.rank, len(shards), world.num_ranks)
-    progress = tqdm(total=sum(len(shards[number]) for number in mine), desc="precompute-ref", unit="micro-batch", disable=not world.is_main, mininterval=1.0)
-    for number in mine:
-        if (staging / GIVEN_UP).exists():
-            return []
-        keys, logps, num_tokens = [], [], []
-        for task in shards[number]:
-            split = splits[task.split]
-            for scored in score(scorer, [task.micro_batch], split, layout=layout, device=world.device):
-                values = scored.logps.cpu().numpy()
-                finite = np.isfinite(values)
-                if not finite.all():
-                    (staging / GIVEN_UP).touch()
-                    return [split.row_name(pair % split.num_examples) for pair in scored.pairs[~finite].tolist()]
-                keys += [keys_of[task.split][pair] for pair in scored.pairs.tolist()]
-                logps.append(values)
-                num_tokens.append(split.pair_lengths[scored.pairs])
-            progress.update()
-        write_shard(staging / f"shard-{number:05d}.parquet", keys=np.array(keys), logps=np.concatenate(logps), num_tokens=np.concatenate(num_tokens))
-    progress.close()
-    return []
+def _say_what_is_done(work: Work, path: str, serving: Serving, placement: Placement) -> None:
+    tasks = [task for number in work.todo for task in work.shards[number]]
+    print(f"scoring {sum(task.num_pairs for task in tasks):,} pairs in {len(tasks):,} micro-batches with {path} ({serving.layout}, {serving.backend})", flush=True)
+    print(f"placement: {placement.kind}, {placement.why}", flush=True)
+    if serving.notice:
+        print(f"notice: {serving.notice}", flush=True)
+
+
+def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
+    """Score and commit all shards that are left, in rounds of one shard a rank; NumericsError on all ranks when a log-prob is not usable."""
+    world = way.world
+    rounds = [work.todo[start : start + world.num_ranks] for start in range(0, len(work.todo), world.num_ranks)]
+    mine = [numbers[world.rank] if world.rank < len(numbers) else None for numbers in rounds]
+    total = sum(task.tokens for number in mine if number is not None for task in work.shards[number])
+    began = time.perf_counter()
+    bad_rows: list[str] = []
+    with tqdm(total=total, desc="precompute-ref", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=1.0) as progress:
+        for numbers, number in zip(rounds, mine):
+            tasks = [] if number is None else work.shards[number]
+            # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
+            fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
+            rows, bad_rows = _score_shard(tasks, fillers, splits, way, progress.update)
+            if number is not None and not bad_rows:
+                write_shard(work.folder, "scored", number, rows)
+            if _is_over(bool(bad_rows), work.folder, way):
+                break
+    if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
+        raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite, or above 0; rows: {', '.join(bad_rows[:5])}")
+    tokens, seconds = sum(gather_objects(total)), time.perf_counter() - began
+    if world.is_main:
+        print(f"scored {tokens:,} tokens in {seconds:.1f} s on {world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}: {tokens / seconds:,.0f} tokens/s", flush=True)
+
+
+def _score_shard(
+    shard: Shard, fillers: int, splits: dict[str, TokenizedSplit], way: Way, on_tokens: Callable[[int], object]
+) -> tuple[ReferenceRows, list[str]]:
+    """Return the scored rows of a shard, and the names of the examples whose log-prob cannot be used. The device is waited for once."""
+    empty = next(iter(splits.values()))
+    passes: list[tuple[TokenizedSplit, MicroBatch]] = [(splits[task.split], task.micro_batch) for task in shard] + [(empty, [])] * fillers
+    # What nobody writes stays NaN, and is refused as any other NaN.
+    logps = torch.full((sum(task.num_pairs for task in shard),), float("nan"), device=way.world.device)
+    token_logps, keys, num_tokens, names = [], [], [], []
+    start = 0
+    for split, micro_batch in passes:
+        for scored in score(way.scorer, [micro_batch], split, layout=way.layout, device=way.world.device, per_token=way.per_token):
+            logps[start : start + len(scored.pairs)] = scored.logps
+            start += len(scored.pairs)
+            token_logps.append(scored.token_logps)
+            keys.append(split.pair_keys[scored.pairs])
+            num_tokens.append(split.pair_lengths[scored.pairs])
+            names.append((split, scored.pairs))
+        on_tokens(sum(unit.tokens for unit in micro_batch))
+    values = logps.cpu().numpy()
+    bad = ~np.isfinite(values) | (values > ROUNDING)
+    if bad.any():
+        all_names = [split.row_name(pair % split.num_examples) for split, pairs in names for pair in pairs.tolist()]
+        return join_rows([], False), [all_names[place] for place in np.flatnonzero(bad)]
+    tokens = torch.cat(token_logps).cpu().numpy() if way.per_token and token_logps else None
+    rows = ReferenceRows(np.concatenate([np.empty((0, 2), np.uint64), *keys]), np.minimum(values, LARGEST_LOGP), np.concatenate([np.empty(0, np.int32), *num_tokens]).astype(np.int32), tokens)
+    return rows, []
+
+
+def _is_over(has_bad_rows: bool, folder: Path, way: Way) -> bool:
+    """Tell whether any rank has met a log-prob that cannot be used; there is no artefact to be made then."""
+    if way.placement.kind == "sharded":
+        return any_across_ranks(has_bad_rows, way.world.device)
+    if has_bad_rows:
+        (folder / GIVEN_UP).touch()
+    return (folder / GIVEN_UP).exists()
+
+
+def _finish(config: RunConfig, folder: Path, wanted: Wanted, manifest: dict) -> None:
+    """Read everything back, see that every wanted pair is there once, and only then make the artefact complete."""
+    paths = [*committed_shards(folder, "kept").values(), *committed_shards(folder, "scored").values()]
+    rows = read_shards(paths)
+    unscored = find(rows.keys, wanted.keys) < 0
+    if unscored.any() or len(rows.keys) != len(wanted.keys):
+        raise KtoError(f"{unscored.sum():,} of {len(wanted.keys):,} pairs have no log-prob, and {len(rows.keys):,} are there; run kto-ds precompute-ref again")
+    seal(folder, manifest, {path.name: describe_file(path) for path in paths})
+    finish_folder(folder, config.reference_dir)
+    print(f"reference artefact: {config.reference_dir}, {len(wanted.keys):,} log-probs", flush=True)

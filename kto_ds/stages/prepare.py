@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kto_ds.artifacts import can_resume, claim_folder, describe_folder, resumable_folder, seal
+from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.config_data import HELD_OUT, DataConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
@@ -26,6 +26,7 @@ from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
+from kto_ds.staging import can_resume, claim_folder, resumable_folder
 
 TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 HELD_OUT_SPLIT = f"eval/{HELD_OUT}"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PretrainedConfig
 
-from kto_ds.artifacts import claim_folder, digest_of, require_match
+from kto_ds.artifacts import digest_of, require_match
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.config_text import write_yaml
 from kto_ds.data.batch import make_batch
@@ -27,7 +27,8 @@ from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspe
 from kto_ds.runtime.engine import Engine
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
-from kto_ds.stages.objective import Sharding, check_drift, evaluate_split, train_step
+from kto_ds.stages.objective import Sharding, evaluate_split, measure_drift, require_no_drift, train_step
+from kto_ds.staging import claim_folder
 
 
 class Inputs(NamedTuple):
@@ -155,11 +156,20 @@ def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint)
         return checkpoint.step
-    if config.reference.path is None:
-        noise = check_drift(engine, train, inputs.reference_logps["train"], inputs.plan.examples_of(1), dtype=config.model.dtype, sharding=sharding)
-        if world.is_main:
-            print(f"policy and reference log-probs agree to {noise:.1e} nats a sequence before the first update", flush=True)
+    _look_at_drift(engine, config, inputs, sharding, world)
     return 0
+
+
+def _look_at_drift(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World) -> None:
+    """Measure how far policy and reference are apart before the first update; beyond rounding is an error where they are the same model."""
+    train, examples = inputs.splits["train"], inputs.plan.examples_of(1)
+    pairs = np.concatenate([examples, train.mismatched_pairs(examples)]) if config.loss.loss_type == "kto" else examples
+    dtypes = {config.model.dtype, config.reference.dtype or config.model.dtype}
+    drift = measure_drift(engine, train, inputs.reference_logps["train"], pairs, dtypes=dtypes, sharding=sharding)
+    if world.is_main:
+        print(f"policy and reference before the first update differ by {drift}", flush=True)
+    if config.reference.path is None:
+        require_no_drift(drift)
 
 
 def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Engine, world: World, done: int) -> Sinks:

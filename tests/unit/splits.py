@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kto_ds.data.assemble import INDEX, Grouping, Rows, SplitIndex, index_split
+from kto_ds.data.assemble import INDEX, Grouping, Rows, SplitIndex, index_split, keys_of_pairs
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.segments import Limits, Row, make_segment
 from kto_ds.data.tokenization import RowTokens
@@ -22,7 +22,8 @@ def make_split(prompt_ids, completion_ids, *, desirable, max_length: int, kl_gro
     """The tokens are joined here row by row, the naive way; save_split must come to the same."""
     rows = rows_of(prompt_ids, completion_ids, desirable, limits=Limits(max_length))
     index = index_split(rows, Grouping(max_length, kl_group_size, max_group_examples, shuffle, seed), where="data.train")
-    return TokenizedSplit(**index.arrays, **naive_tokens(index, prompt_ids, completion_ids), files=("rows:",))
+    tokens = naive_tokens(index, prompt_ids, completion_ids)
+    return TokenizedSplit(**index.arrays, **tokens, pair_keys=keys_of_pairs(index, tokens["completion_tokens"]), files=("rows:",))
 
 
 def naive_tokens(index: SplitIndex, prompt_ids, completion_ids) -> dict[str, np.ndarray]:

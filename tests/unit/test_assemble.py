@@ -4,9 +4,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import xxhash
 
-from kto_ds.data.assemble import INDEX, Grouping, distinct, hold_out, index_split, read_index, repeat_by_weight, save_split
+from kto_ds.data.assemble import INDEX, Grouping, hold_out, index_split, read_index, repeat_by_weight, save_split
 from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.keys import distinct
 from kto_ds.data.segments import Limits, Row, fit, is_whole, load_arrays, load_notes, make_segment, save_segment
 from kto_ds.data.split_report import source_reports, split_report
 from kto_ds.data.tokenization import RowTokens
@@ -46,12 +48,6 @@ def random_rows(seed: int, size: int = 60):
     prompts = [rng.integers(0, 9, rng.integers(1, 8)).tolist() for _ in range(size // 3)]
     prompt_ids = [prompts[number] for number in rng.integers(0, len(prompts), size)]
     return prompt_ids, [rng.integers(0, 9, rng.integers(1, 12)).tolist() for _ in range(size)], rng.random(size) < 0.4
-
-
-def test_distinct_keys_stand_in_order_of_appearance():
-    keys = np.array([[5, 1], [2, 2], [5, 1], [5, 0], [2, 2]], dtype=np.uint64)
-    of, first = distinct(keys)
-    assert of.tolist() == [0, 1, 0, 2, 1] and first.tolist() == [0, 1, 3]
 
 
 def test_equal_prompts_are_one_and_others_are_not():
@@ -111,6 +107,11 @@ def test_weights_repeat_whole_sources_and_choose_by_prompt():
     assert repeat_by_weight(rows, source_of, [1.0, 1.0], seed=1).tolist() == list(range(40))
 
 
+def naive_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
+    digests = [xxhash.xxh3_128_digest(ids.astype("<i4").tobytes()) for ids in (prompt, completion)]
+    return xxhash.xxh3_128_digest(b"".join(digests))
+
+
 def write_segments(folder, prompt_ids, completion_ids, desirable, limits, sizes):
     """Write consecutive rows as segments of the given sizes, every second one of another file."""
     folder.mkdir()
@@ -146,6 +147,8 @@ def test_the_saved_arrays_are_those_joined_row_by_row(tmp_path, seed):
         assert split.completion(example).tolist() == completion[: 9 - len(prompt)]
         other = split.prompt(split.mismatched_prompt_of[example]).tolist()
         assert other != prompt and split.completion(example + split.num_examples).tolist() == completion[: 9 - len(other)]
+        for pair in (example, example + split.num_examples):
+            assert split.pair_keys[pair].tobytes() == naive_key(split.prompt(split.pair_prompts[pair]), split.completion(pair))
         assert split.desirable[example] == desirable[row]
         assert split.row_name(example) == f"{'b:row ' if row == 37 else 'a:'}{row}"
     assert isinstance(split.completion_tokens.base, np.memmap)

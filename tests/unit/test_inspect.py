@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import RunConfig
 from kto_ds.data.dataset import ARRAYS, FILES, TokenizedSplit
+from kto_ds.data.keys import ids_key, pair_keys
 from kto_ds.errors import UserError
 from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
 from kto_ds.report.inspection import counts_by_split, fill_table, open_console, visible
@@ -48,11 +49,14 @@ def make_split(rows: list[tuple[str, str, bool]], *, max_length: int = 10_000, k
     lengths, room = np.array([len(ids) for ids in completion_ids]), max_length - np.array([len(ids) for ids in prompt_ids])
     matched, mismatched = np.minimum(lengths, room[prompt_of]), np.minimum(lengths, room[mismatched_prompt_of])
     kept = [ids[:needed] for ids, needed in zip(completion_ids, np.maximum(matched, mismatched))]
+    halves = ((prompt_of, matched), (mismatched_prompt_of, mismatched))
+    pairs = [(prompt_ids[prompt], ids[:length]) for prompts, lengths in halves for ids, prompt, length in zip(completion_ids, prompts, lengths)]
+    prompt_keys, completion_keys = (np.stack([ids_key(np.array(ids)) for ids in part]) for part in zip(*pairs))
     return TokenizedSplit(
         prompt_tokens=np.concatenate(prompt_ids).astype(np.int32), prompt_offsets=np.cumsum([0, *map(len, prompt_ids)]),
         completion_tokens=np.concatenate(kept).astype(np.int32), completion_offsets=np.cumsum([0, *map(len, kept)]),
         prompt_of=prompt_of, mismatched_prompt_of=mismatched_prompt_of, matched_lengths=matched, mismatched_lengths=mismatched,
-        desirable=np.array([label for _, _, label in rows]), kl_group_of=group,
+        desirable=np.array([label for _, _, label in rows]), kl_group_of=group, pair_keys=pair_keys(prompt_keys, completion_keys),
         file_of=np.zeros(len(rows), np.int32), row_of=np.arange(1, len(rows) + 1), files=("rows.jsonl:",),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,13 +125,13 @@ def test_a_dataset_artefact_of_another_config_is_refused_with_every_differing_fi
 def test_a_reference_artefact_of_another_model_is_refused(folder, capsys):
     assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
     make_model(folder / "other", seed=1)
-    refuse(capsys, folder, "train", "--reference.path", str(folder / "other"), saying=["1 difference", "reference model: this run has", "kto-ds precompute-ref"])
+    refuse(capsys, folder, "train", "--reference.path", str(folder / "other"), saying=["2 differences", "reference model: this run has", f"model.path: this run has {str(folder / 'other')!r}, the artefact was made with", "kto-ds precompute-ref"])
     refuse(capsys, folder, "train", "--model.dtype", "bfloat16", saying=["dtype: this run has 'bfloat16', the artefact has 'float32'"])
 
 
 def test_a_changed_byte_of_an_artefact_is_refused(folder, capsys):
     assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
-    for damaged in (folder / "run" / "reference" / "shard-00000.parquet", folder / "run" / "dataset" / "train" / "completion_tokens.npy"):
+    for damaged in (*(folder / "run" / "reference").glob("scored-*"), folder / "run" / "dataset" / "train" / "completion_tokens.npy"):
         content = bytearray(damaged.read_bytes())
         content[-1] ^= 1
         damaged.write_bytes(content)
@@ -138,22 +139,19 @@ def test_a_changed_byte_of_an_artefact_is_refused(folder, capsys):
 
 
 def test_reference_log_probs_that_cannot_be_are_refused(folder, capsys):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from safetensors.numpy import load_file, save_file
 
     from kto_ds.artifacts import describe_folder, read_manifest, seal
 
     assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
     artefact = folder / "run" / "reference"
-    table = pq.read_table(artefact / "shard-00000.parquet")
-    for bad in (0.5, float("nan")):
-        logps = table["logp"].to_pylist()
-        logps[0] = bad
-        pq.write_table(table.set_column(1, "logp", pa.array(logps, pa.float32())), artefact / "shard-00000.parquet")
+    [path] = artefact.glob("scored-*")
+    arrays = load_file(path)
+    for bad in (0.5, 0.0, -0.0, float("nan"), float("-inf")):
+        save_file({**arrays, "logps": np.where(np.arange(len(arrays["logps"])) == 3, np.float32(bad), arrays["logps"])}, path)
         manifest = read_manifest(artefact, kind="reference", remedy="")
-        (artefact / "manifest.json").unlink()
         seal(artefact, manifest, describe_folder(artefact))
-        refuse(capsys, folder, "train", saying=["not finite or above 0"])
+        refuse(capsys, folder, "train", saying=[path.name, "1 of 24 log-probs are not finite, 0 or above 0"])
 
 
 def test_reference_log_probs_of_other_rows_are_refused(folder, capsys):

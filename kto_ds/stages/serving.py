@@ -1,0 +1,36 @@
+"""A model that is only read, on the ranks: what precompute-ref and evaluate score with."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from kto_ds.config import ModelConfig, RunConfig
+from kto_ds.model.load import load_policy
+from kto_ds.model.placement import Placement, choose_placement, weight_bytes, working_bytes
+from kto_ds.model.scoring import Serving
+from kto_ds.model.support import weight_files
+from kto_ds.runtime.collectives import World, free_memory, gather_objects
+from kto_ds.runtime.deepspeed_config import offloads_parameters, read_deepspeed_config, reading_config
+from kto_ds.runtime.engine import shard_for_reading
+
+
+def place(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, world: World) -> Placement:
+    """Return where the model will lie. All ranks call this and get the same answer."""
+    return choose_placement(
+        config.reference.placement,
+        weights=weight_bytes(*weight_files(model), model.dtype),
+        working=working_bytes(model_config, config.reference.max_tokens_per_microbatch, model.dtype),
+        free=min(gather_objects(free_memory(world))),
+        num_ranks=world.num_ranks,
+        offloads=offloads_parameters(read_deepspeed_config(config.deepspeed.config)),
+    )
+
+
+def load_scorer(
+    config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World
+) -> Callable[..., Tensor]:
+    """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
+    shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype) if placement.kind == "sharded" else None
+    policy = load_policy(model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False, partition_for=shards).eval()
+    return shard_for_reading(policy, shards) if shards else policy.to(world.device)

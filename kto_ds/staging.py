@@ -1,0 +1,115 @@
+"""Folders that are being written: under another name, by one process at a time, thrown away or gone on with after a kill."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kto_ds.artifacts import FORMAT, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
+from kto_ds.errors import UserError
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty folder; what lay there is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the folder of a run and keep other runs out of it for as long as this process lives; UserError when one is in it already."""
+    if folder.resolve() in _locks:
+        return
+    remedy = "wait for it, end it, or choose another output_dir"
+    _locks[folder.resolve()] = _lock(folder / ".lock", where=folder, remedy=remedy)
+
+
+def _lock(path: Path, *, where: Path, remedy: str) -> int:
+    """Return the descriptor that holds a lock; UserError when another process holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=str(where), remedy="choose a folder you may write to") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError("another run is writing here", where=str(where), remedy=remedy) from error
+    return descriptor
+
+
+# Open descriptors hold the locks; the system lets go of them however a process ends.
+_locks: dict[Path, int] = {}
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty `<name>.incomplete` that is renamed to `final` when the block ends well, and removed when it does not."""
+    staging = incomplete_path(final)
+    try:
+        fresh_folder(staging)
+        yield staging
+        move_into_place(staging, final)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _unwritable(final: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to")
+
+
+@contextlib.contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Keep other processes from writing this artefact inside the block; UserError when one is at it already."""
+    lock = _lock(final.with_name(f".{final.name}.lock"), where=final, remedy="wait for it, end it, or choose another folder")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def resume_state(staging: Path) -> object | None:
+    """Return the identity (a JSON value) that an unfinished folder was begun with; None when there is none to go on with."""
+    try:
+        found = read_json(staging / RESUME)
+    except ValueError:
+        return None
+    return found.get("identity") if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
+def write_resume(staging: Path, identity: object) -> None:
+    """Say what the unfinished folder is the beginning of: a later attempt of the same `identity` (a JSON value) can go on with it."""
+    write_atomically(staging / RESUME, canonical_json({"format": FORMAT, "identity": identity}))
+
+
+def finish_folder(staging: Path, final: Path) -> None:
+    """Give a sealed folder its final name. A kill on the way leaves it unfinished, or finished with a RESUME that means nothing any more."""
+    move_into_place(staging, final)
+    (final / RESUME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
+    """Yield `<name>.incomplete` that is renamed to `final` when the block ends well, and stays for the next attempt when it does not.
+
+    What an attempt of the same `identity` (JSON values) left is there again; what another one left is gone. The block seals the folder.
+    """
+    staging = incomplete_path(final)
+    with locked(final):
+        try:
+            if not can_resume(final, identity):
+                fresh_folder(staging)
+                write_resume(staging, identity)
+            yield staging
+            finish_folder(staging, final)
+        except OSError as error:
+            raise _unwritable(final, error) from error
+
+
+def can_resume(final: Path, identity: dict) -> bool:
+    """Tell whether an attempt of this `identity` was cut short and can be gone on with."""
+    return canonical_json(resume_state(incomplete_path(final))) == canonical_json(identity)

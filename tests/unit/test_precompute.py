@@ -1,0 +1,296 @@
+"""precompute-ref in one process: what is scored, what is taken over, what an interruption leaves."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from kto_ds import cli
+from kto_ds.artifacts import incomplete_path, read_manifest
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.keys import find
+from kto_ds.data.reference import LARGEST_LOGP, read_shards
+from kto_ds.stages import precompute_ref
+from tests.distributed.runs import write_config, write_rows
+from tests.unit.test_refusals import make_model
+
+
+def rows(start: int, stop: int) -> list[dict]:
+    """Three completions a prompt, of 2 to 6 tokens."""
+    return [
+        {"prompt": f"t{3 + number // 3 % 30} t{4 + number // 90}", "completion": "".join(f" t{5 + (number * 7 + place) % 30}" for place in range(2 + number % 5)), "label": number % 2 == 0}
+        for number in range(start, stop)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("precompute")
+    for name, seed in (("model", 0), ("other", 1)):
+        make_model(folder / name, seed=seed)
+    write_rows(folder / "rows.jsonl", rows(0, 120))
+    write_rows(folder / "more.jsonl", rows(120, 150))
+    write_config(
+        folder / "run.yaml",
+        output_dir=str(folder / "run"),
+        model={"path": str(folder / "model"), "dtype": "float32"},
+        data={"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 12, "dataset_num_proc": 1},
+        batch={"global_batch_size": 16, "max_tokens_per_microbatch": 64},
+        reference={"max_tokens_per_microbatch": 32},
+    )
+    assert run(folder, "prepare") == 0 and run(folder, "precompute-ref") == 0
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    """A run with a complete dataset and reference artefact, to be changed at will."""
+    shutil.copytree(base, tmp_path / "copy")
+    config = (base / "run.yaml").read_text().replace(str(base), str(tmp_path / "copy"))
+    (tmp_path / "copy" / "run.yaml").write_text(config)
+    # The sources lie elsewhere now, so that the dataset is made anew; the pairs are the same.
+    assert run(tmp_path / "copy", "prepare") == 0
+    return tmp_path / "copy"
+
+
+def run(folder: Path, command: str, *overrides: object) -> int:
+    return cli.run([command, "--config", str(folder / "run.yaml"), *map(str, overrides)])
+
+
+def precompute(folder: Path, capsys, *overrides: object) -> tuple[int, int]:
+    """Run precompute-ref and return (pairs scored, pairs taken over), as it says itself."""
+    capsys.readouterr()
+    assert run(folder, "precompute-ref", *overrides) == 0
+    printed = capsys.readouterr().out
+    scored, kept = re.search(r"scoring ([\d,]+) pairs", printed), re.search(r"taken over: ([\d,]+) of", printed)
+    return tuple(int(found[1].replace(",", "")) if found else 0 for found in (scored, kept))
+
+
+def keys_of(folder: Path) -> set[bytes]:
+    return {key.tobytes() for key in TokenizedSplit.load(folder / "run" / "dataset" / "train").pair_keys}
+
+
+def content_of(artefact: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in artefact.iterdir()}
+
+
+def train_accepts(folder: Path, *overrides: object) -> bool:
+    return run(folder, "train", "--train.max_steps", 1, "--deepspeed.config", "zero0", *overrides) == 0
+
+
+def naive_logps(folder: Path, split: TokenizedSplit) -> np.ndarray:
+    """One pair at a time through transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    found = []
+    for pair in range(2 * split.num_examples):
+        prompt, completion = split.prompt(split.pair_prompts[pair]), split.completion(pair)
+        ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        found.append(float(logps[len(prompt) - 1 :].double().sum()))
+    return np.array(found)
+
+
+def test_the_values_are_those_of_one_pair_at_a_time(base):
+    split = TokenizedSplit.load(base / "run" / "dataset" / "train")
+    scored = read_shards((base / "run" / "reference").glob("*.safetensors"))
+    places = find(scored.keys, split.pair_keys)
+    np.testing.assert_allclose(scored.logps[places], naive_logps(base, split), rtol=1e-5)
+    assert (scored.num_tokens[places] == split.pair_lengths).all()
+    assert len(scored.keys) == len({key.tobytes() for key in split.pair_keys}), "each content once"
+
+
+def test_a_finished_artefact_is_left_alone(folder, capsys):
+    before = content_of(folder / "run" / "reference")
+    for overrides in ((), ("--loss.beta", 0.3), ("--loss.desirable_weight", 2), ("--train.num_train_epochs", 3), ("--optim.learning_rate", 1e-3), ("--loss.loss_type", "apo_zero_unpaired")):
+        assert precompute(folder, capsys, *overrides) == (0, 0)
+    assert content_of(folder / "run" / "reference") == before
+
+
+def test_another_order_of_the_batches_scores_nothing_twice(folder, capsys):
+    assert run(folder, "prepare", "--batch.global_batch_size", 40) == 0
+    assert precompute(folder, capsys, "--batch.global_batch_size", 40) == (0, 0)
+
+
+def test_appended_rows_alone_are_scored(folder, capsys):
+    old = keys_of(folder)
+    sources = json.dumps([{"path": str(folder / "rows.jsonl")}, {"path": str(folder / "more.jsonl")}])
+    assert run(folder, "prepare", "--data.train", sources) == 0
+    new = keys_of(folder)
+    assert precompute(folder, capsys, "--data.train", sources) == (len(new - old), len(new & old))
+    assert len(new & old) >= 120, "the matched pairs at least"
+    assert train_accepts(folder, "--data.train", sources)
+    assert precompute(folder, capsys, "--data.train", sources) == (0, 0)
+
+
+def test_another_kl_seed_scores_only_new_mismatched_pairs(folder, capsys):
+    old = keys_of(folder)
+    assert run(folder, "prepare", "--seed", 7) == 0
+    new = keys_of(folder)
+    capsys.readouterr()
+    assert run(folder, "train", "--seed", 7, "--deepspeed.config", "zero0") == 2
+    message = capsys.readouterr().err
+    assert "have no reference log-prob" in message and "seed: this run has 7, the artefact was made with 42" in message
+    scored, kept = precompute(folder, capsys, "--seed", 7)
+    split = TokenizedSplit.load(folder / "run" / "dataset" / "train")
+    matched = {key.tobytes() for key in split.pair_keys[: split.num_examples]}
+    assert (scored, kept) == (len(new - old), len(new & old)) and scored <= len(new) - len(matched) and kept >= len(matched)
+    assert train_accepts(folder, "--seed", 7)
+
+
+def test_another_limit_that_cuts_nothing_scores_nothing(folder, capsys):
+    assert run(folder, "prepare", "--data.max_length", 14) == 0
+    assert precompute(folder, capsys, "--data.max_length", 14) == (0, len(keys_of(folder)))
+    assert train_accepts(folder, "--data.max_length", 14)
+    assert run(folder, "prepare") == 0
+    assert run(folder, "train") == 2
+    assert "max_length: this run has 12, the artefact has 14" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overrides", [("--reference.path", "other"), ("--reference.dtype", "bfloat16"), ("--reference.per_token", "true")])
+def test_nothing_is_taken_over_from_another_model_or_dtype_or_without_tokens(folder, capsys, overrides):
+    option, value = overrides
+    value = folder / value if option == "--reference.path" else value
+    scored, kept = precompute(folder, capsys, option, value)
+    assert (scored, kept) == (len(keys_of(folder)), 0)
+    assert precompute(folder, capsys, option, value) == (0, 0)
+
+
+def test_the_tokens_add_up_to_the_sequences(folder, capsys):
+    before = read_shards((folder / "run" / "reference").glob("*.safetensors"))
+    precompute(folder, capsys, "--reference.per_token", "true")
+    artefact = folder / "run" / "reference"
+    assert read_manifest(artefact, kind="reference", remedy="")["per_token"] is True
+    after = read_shards(artefact.glob("*.safetensors"), per_token=True)
+    places = find(after.keys, before.keys)
+    assert (after.logps[places] == before.logps).all() and after.token_logps.dtype == np.float32
+    sums = np.add.reduceat(after.token_logps, np.cumsum([0, *after.num_tokens[:-1]]))
+    np.testing.assert_allclose(sums, after.logps, rtol=1e-6)
+    chosen = after.select(np.array([5, 2]))
+    ends = np.cumsum(after.num_tokens)
+    assert chosen.token_logps.tolist() == [*after.token_logps[ends[4] : ends[5]], *after.token_logps[ends[1] : ends[2]]]
+    # Back without tokens: the sums are all that is needed, and they are there.
+    assert precompute(folder, capsys) == (0, 0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(folder: Path, monkeypatch, *overrides: object, after: int) -> None:
+    """End a fresh precompute-ref, as a crash of this process would, when `after` shards are committed."""
+    shutil.rmtree(folder / "run" / "reference", ignore_errors=True)
+    write, count = precompute_ref.write_shard, iter(range(10**6))
+
+    def write_some(target: Path, kind: str, number: int, shard):
+        if kind == "scored" and next(count) == after:
+            raise Interrupted
+        return write(target, kind, number, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_ref, "write_shard", write_some)
+        assert run(folder, "precompute-ref", *overrides) == 1
+
+
+def scored_pairs(paths) -> int:
+    return sum(len(load_file(path)["logps"]) for path in paths)
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(folder, base, capsys, monkeypatch):
+    artefact, staging = folder / "run" / "reference", incomplete_path(folder / "run" / "reference")
+    interrupt(folder, monkeypatch, after=3)
+    left = sorted(staging.glob("scored-*"))
+    assert len(left) == 3 and not artefact.exists()
+    stamps = [path.stat().st_mtime_ns for path in left]
+    assert run(folder, "train") == 2 and "reference artefact is unfinished" in capsys.readouterr().err
+    scored, kept = precompute(folder, capsys)
+    assert scored == len(keys_of(folder)) - sum(len(load_file(artefact / path.name)["logps"]) for path in left) and kept == 0
+    assert [(artefact / path.name).stat().st_mtime_ns for path in left] == stamps, "committed shards are not written again"
+    whole = content_of(artefact)
+    shutil.rmtree(artefact)
+    precompute(folder, capsys)
+    assert content_of(artefact) == whole
+    assert {name for name in whole if name != "manifest.json"} == {path.name for path in (base / "run" / "reference").glob("*.safetensors")}
+
+
+def test_a_damaged_shard_of_an_unfinished_run_is_scored_again(folder, capsys, monkeypatch):
+    staging = incomplete_path(folder / "run" / "reference")
+    interrupt(folder, monkeypatch, after=4)
+    one, two, three, whole = sorted(staging.glob("scored-*"))
+    flipped = bytearray(one.read_bytes())
+    flipped[-1] ^= 4
+    one.write_bytes(flipped)
+    two.write_bytes(two.read_bytes()[:-1])
+    three.rename(staging / f".{three.name}.123.tmp")
+    done = scored_pairs([whole])
+    assert precompute(folder, capsys)[0] == len(keys_of(folder)) - done
+    assert train_accepts(folder)
+
+
+def test_rows_of_an_unfinished_run_are_taken_over_by_another_one(folder, capsys, monkeypatch):
+    interrupt(folder, monkeypatch, after=5)
+    done = scored_pairs(incomplete_path(folder / "run" / "reference").glob("scored-*"))
+    # Other micro-batches: the shards do not fit, the values do.
+    scored, kept = precompute(folder, capsys, "--reference.max_tokens_per_microbatch", 48)
+    assert kept == done > 0 and scored == len(keys_of(folder)) - done
+    assert train_accepts(folder)
+
+
+def test_what_was_taken_over_survives_an_interruption(folder, capsys, monkeypatch):
+    old = keys_of(folder)
+    assert run(folder, "prepare", "--seed", 7) == 0
+    new = keys_of(folder)
+    reference = folder / "run" / "reference"
+    shutil.copytree(reference, folder / "old")
+    write, calls = precompute_ref.write_shard, []
+
+    def write_kept(target, kind, number, shard):
+        calls.append(kind)
+        if kind == "scored":
+            raise Interrupted
+        return write(target, kind, number, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_ref, "write_shard", write_kept)
+        assert run(folder, "precompute-ref", "--seed", 7) == 1
+    assert calls == ["kept", "scored"] and reference.is_dir(), "the older artefact stays until the new one is complete"
+    shutil.rmtree(reference)
+    capsys.readouterr()
+    assert precompute(folder, capsys, "--seed", 7) == (len(new - old), 0)
+    assert train_accepts(folder, "--seed", 7)
+
+
+def test_a_log_prob_that_rounds_to_0_is_stored_below_it(folder, capsys):
+    """A model that is certain of its tokens: sums of exactly 0 are values then, and must not look like rows that were never scored."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+        model.model.norm.weight.zero_()
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.norm.weight[0] = 1
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[7, 0] = 1000.0
+    model.save_pretrained(folder / "model")
+    write_rows(folder / "rows.jsonl", [{"prompt": f"t{3 + number}", "completion": " t7 t7", "label": number % 2 == 0} for number in range(8)])
+    assert run(folder, "prepare", "--data.append_eos", "false") == 0
+    assert precompute(folder, capsys, "--data.append_eos", "false")[0] == 8
+    scored = read_shards((folder / "run" / "reference").glob("*.safetensors"))
+    assert (scored.logps == LARGEST_LOGP).all()
+
+
+def test_an_artefact_with_an_unscored_row_cannot_become_complete(folder, capsys, monkeypatch):
+    shutil.rmtree(folder / "run" / "reference")
+    write = precompute_ref.write_shard
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_ref, "write_shard", lambda target, kind, number, shard: write(target, kind, number, shard.select(np.arange(len(shard.keys) - (number == 2)))))
+        assert run(folder, "precompute-ref") == 1
+    assert "1 of" in (message := capsys.readouterr().err) and "have no log-prob" in message
+    assert not (folder / "run" / "reference").exists()
