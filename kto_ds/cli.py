@@ -22,7 +22,7 @@ from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
 
 COMMANDS = {
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
-    "inspect": "what lies in the dataset artefact: examples, pairs, and how a step is packed",
+    "inspect": "what lies in the artefacts: examples, pairs, reference log-probs, and how a step is packed",
     "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",

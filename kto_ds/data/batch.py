@@ -33,7 +33,7 @@ class Batch:
     segments: Segments | None  # packed layouts only
     predictors: Tensor  # [C] int64, flat input position whose hidden state predicts a completion token
     targets: Tensor  # [C] int64
-    sequence_of: Tensor  # [C] int64, 0..S-1
+    completion_lengths: Tensor  # [S] int64, which add up to C: the tokens of a sequence lie together
     pair_ids: np.ndarray  # [S], on the host; empty in a filler, whose forward scores one sequence and keeps none
 
     @property
@@ -73,7 +73,7 @@ Row = tuple[np.ndarray, list[np.ndarray]]
 
 def _packed(rows: list[Row]) -> Batch:
     """One after the other, no padding; a unit's prompt stands once, before all of its completions."""
-    tokens, positions, predictors, sequence_of, lengths = [], [], [], [], []
+    tokens, positions, predictors, lengths = [], [], [], []
     query_lengths, key_index, key_lengths = [], [], []
     start = 0  # input position of the current unit
     for prompt, completions in rows:
@@ -90,7 +90,6 @@ def _packed(rows: list[Row]) -> Batch:
             own = np.arange(at, at + len(completion))
             positions.append(np.arange(size, size + len(completion)))
             predictors += [prompt_positions[-1:], own[:-1]]
-            sequence_of.append(np.full(len(completion), len(lengths)))
             lengths.append(len(completion))
             # With a single completion, prompt and completion are one segment, and no key is needed twice.
             query_lengths.append(len(own) if len(completions) > 1 else size + len(own))
@@ -112,7 +111,7 @@ def _packed(rows: list[Row]) -> Batch:
         ),
         predictors=_tensor(predictors),
         targets=_tensor([completion for _, completions in rows for completion in completions]),
-        sequence_of=_tensor(sequence_of),
+        completion_lengths=torch.tensor(lengths),
         pair_ids=np.arange(len(lengths)),
     )
 
@@ -136,7 +135,7 @@ def _padded(rows: list[Row]) -> Batch:
         segments=None,
         predictors=_tensor(predictors),
         targets=_tensor([completion for _, completion in sequences]),
-        sequence_of=_tensor([np.full(len(completion), row) for row, (_, completion) in enumerate(sequences)]),
+        completion_lengths=torch.tensor([len(completion) for _, completion in sequences]),
         pair_ids=np.arange(len(sequences)),
     )
 

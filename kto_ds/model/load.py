@@ -40,7 +40,7 @@ def load_policy(
             folder, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention,
             use_safetensors=True, trust_remote_code=model.trust_remote_code, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # a quantised model asks for libraries of its own
         raise UserError(f"cannot load {model.path}: {str(error).splitlines()[0]}", where="model.path") from error
     del keep_alive
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])

@@ -35,6 +35,6 @@ class Policy(nn.Module):
 def sum_by_pair(token_logps: Tensor, batch: Batch) -> Tensor:
     """Add up the log-probs of each pair's tokens: [C] -> [S] float32."""
     # A filler scores one sequence and keeps none: the result is empty, yet part of the graph, so backward runs on every rank.
-    num_sequences = max(batch.num_pairs, 1)
-    sums = torch.zeros(num_sequences, dtype=torch.float32, device=token_logps.device).index_add(0, batch.sequence_of, token_logps)
+    # No index_add: on CUDA it adds in any order, and the same batch would come to other sums the next time.
+    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.completion_lengths, unsafe=True)  # unsafe: does not wait for the lengths to check them
     return sums[: batch.num_pairs]

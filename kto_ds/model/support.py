@@ -45,6 +45,13 @@ def read_model_config(model: ModelConfig, *, where: str = "model.path") -> Pretr
     return config
 
 
+def require_trainable(model: ModelConfig, config: PretrainedConfig) -> None:
+    """Refuse a policy whose weights are quantised: they take no gradient. As a reference such a model is read like any other."""
+    if config.to_dict().get("quantization_config"):
+        remedy = "train the model it was made from; name this one under reference.path to be its reference"
+        raise UserError(f"the weights of {excerpt(model.path)} are quantised, and cannot be trained without adapters", where="model.path", remedy=remedy)
+
+
 def _refuse_missing_folder(path: str, where: str) -> None:
     # Whatever cannot be a name of the hub must not cost a search there, and a message about the connection.
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):

@@ -1,4 +1,4 @@
-"""How an inspected dataset is written to a terminal or a pipe: escapes, tables of counts, the fill of micro-batches.
+"""How an inspected dataset is written to a terminal or a pipe: decoded tokens, escapes, tables of counts, the fill of micro-batches.
 
 Whatever comes out of the data is escaped here before it is printed, and colour only repeats what the text says.
 """
@@ -8,14 +8,25 @@ import sys
 from io import TextIOWrapper
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console, Group
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 COLUMNS_WITHOUT_TERMINAL = 120
 MICRO_BATCHES_SHOWN = 48
 BAR_CELLS = 20
 SOURCES_SIDE_BY_SIDE = 4
+TOKENS_SHOWN = 200  # of a text; the middle of a longer one is left out
+
+
+class Reader(NamedTuple):
+    """What turns token ids into text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    special_ids: set[int]
 
 
 class Fill(NamedTuple):
@@ -47,6 +58,50 @@ def visible(text: str) -> str:
 def in_one_line(text: str) -> str:
     """The same for names, which have one line."""
     return visible(text).replace("⏎\n", "\\n")
+
+
+def count_of(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def decoded(reader: Reader, ids: np.ndarray, style: str, *, most: int = TOKENS_SHOWN, after: np.ndarray | None = None) -> Text:
+    """Return the text of the token ids [N], escaped, with special tokens marked; of many more than `most` tokens the middle is left out.
+
+    `after` are the ids before: some tokenizers drop the space that begins a text, and only what stands before it brings it back.
+    """
+    ids, before = ids.tolist(), [] if after is None else after[-1:].tolist()
+    if len(ids) <= 1.25 * most:  # to leave out a token or two helps nobody
+        return _runs(reader, ids, before, style)
+    head, left_out, tail = ids[: most // 2], ids[most // 2 : -(most // 2)], ids[-(most // 2) :]
+    return Text.assemble(_runs(reader, head, before, style), (f" [... {count_of(len(left_out), 'token')} left out ...] ", "bold"), _runs(reader, tail, left_out[-1:], style))
+
+
+def _runs(reader: Reader, ids: list[int], before: list[int], style: str) -> Text:
+    """Decode ordinary tokens in stretches, since a character may take several of them, and special tokens one by one."""
+    text, run = Text(), []
+    for token_id in [*ids, None]:
+        if token_id is not None and token_id not in reader.special_ids:
+            run.append(token_id)
+            continue
+        if run:
+            text.append(visible(_decode_after(reader.tokenizer, before, run)), style)
+            before, run = run[-1:], []
+        if token_id is not None:
+            text.append(f"⟦{visible(reader.tokenizer.decode([token_id]))}⟧", "bold magenta")
+            before = [token_id]
+    if text.plain.endswith("\n"):
+        text.right_crop(1)  # the sign of the line's end is enough
+    return text
+
+
+def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    alone, start, whole = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, before, before + ids))
+    return whole.removeprefix(start) if whole.startswith(start) else alone
+
+
+def heading(console: Console, text: str, style: str = "") -> None:
+    console.print()
+    console.print(Rule(Text(in_one_line(text), style=f"bold {style}"), align="left", style=style or "none"))
 
 
 def counts_by_split(report: dict[str, dict]) -> Table:

@@ -1,69 +1,84 @@
 """The dataset artefact as the model will see it: counts, decoded examples with their mismatched partners, the layout of a step, a picture.
 
-One process; no weights are read. A text is decoded from the token ids of the artefact, never taken from the rows.
+Beside it the reference artefact, as far as there is one. One process; no weights are read. A text is decoded from the token ids of the artefact, never taken from the rows.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, Group
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from kto_ds.artifacts import read_manifest, require_intact
+from kto_ds.artifacts import file_digest, incomplete_path, read_manifest, require_intact, state_of
 from kto_ds.config import RunConfig
 from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out
+from kto_ds.data.reference import NAME, ReferenceRows, join_rows, no_rows, read_shard, read_shards
+from kto_ds.data.reference_work import needed_pairs
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import choose_layout, read_model_config
 from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
-from kto_ds.report.inspection import Fill, counts_by_source, counts_by_split, fill_table, in_one_line, open_console, visible
-from kto_ds.stages.identity import dataset_identity, require_same_dataset, require_same_tokenizer, run_tokenizer
-from kto_ds.stages.inputs import PREPARE_FIRST
+from kto_ds.report.inspection import Fill, Reader, count_of, counts_by_source, counts_by_split, decoded, fill_table, heading, in_one_line, open_console
+from kto_ds.report.reference_view import Scored, coverage_table, differing_fields, facts_table, listed, logp_table, lowest_examples, nats, verdict
+from kto_ds.stages.identity import dataset_identity, origin_differences, reference_model, reference_origin, require_same_dataset, require_same_tokenizer, run_tokenizer
+from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST
+from kto_ds.staging import resume_state
 
-TOKENS_SHOWN, PARTNER_TOKENS_SHOWN = 200, 60  # of a text; the middle of a longer one is left out
+PARTNER_TOKENS_SHOWN = 60  # of the prompt that a completion is donated to
 LEGEND = "⟦ ⟧ a special token   ⏎ the end of a line   \\x1b and the like: a character that does not print"
 NAMES = {True: "desirable", False: "undesirable"}
 STYLES = {True: "green", False: "red"}
 
 
-class Reader(NamedTuple):
-    """What turns token ids into text."""
+class Reference(NamedTuple):
+    """What lies in the place of the reference artefact."""
 
-    tokenizer: PreTrainedTokenizerBase
-    special_ids: set[int]
+    state: str  # complete, unfinished, missing or damaged
+    line: str  # how far it is, and what to do about it
+    made: dict  # its manifest; the state that an unfinished one was begun in; empty where neither can be read
+    rows: ReferenceRows  # without those of single tokens
 
 
 def main(config: RunConfig, *, split: str, num_rows: int, step: int, num_ranks: int) -> None:
     """Show the dataset artefact of the run: `num_rows` examples of each label of `split`, and its `step` as `num_ranks` ranks would share it."""
     tokenizer = run_tokenizer(config)
-    splits, mismatch = _open(config, tokenizer)
+    splits, manifest, mismatch = _open(config, tokenizer)
     _check_options(splits, split=split, num_rows=num_rows, num_ranks=num_ranks)
     examples, num_steps = examples_of_step(config, split, splits[split], step)
     layout, notice = choose_layout(read_model_config(config.model), config.model.layout)
     special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
 
+    reference = _open_reference(config.reference_dir)
+    scored = {name: _scored(reference.rows, found, config.loss.loss_type) for name, found in splits.items()}
+
     console = open_console()
     if mismatch:
         console.print(Text(f"notice: train will refuse this artefact. {mismatch}"), soft_wrap=True)
     _show_counts(console, config.dataset_dir)
-    _show_examples(console, split, splits[split], num_rows, Reader(tokenizer, special_ids), config.data)
-    _heading(console, f"{split}: step {step:,} of {num_steps:,}, {_count(len(examples), 'example')} on {_count(num_ranks, 'rank')}, layout {layout}")
+    heading(console, f"reference artefact {config.reference_dir}")
+    console.print(Text(reference.line), soft_wrap=True)
+    if reference.state in ("complete", "unfinished"):
+        _show_reference(console, config, manifest, reference, scored)
+        _show_lowest(console, split, splits[split], scored[split])
+    _show_examples(console, split, splits[split], num_rows, Reader(tokenizer, special_ids), config.data, scored[split])
+    heading(console, f"{split}: step {step:,} of {num_steps:,}, {count_of(len(examples), 'example')} on {count_of(num_ranks, 'rank')}, layout {layout}")
     if notice:
         console.print(Text(f"notice: {notice}"), soft_wrap=True)
     _show_step(console, config, splits[split], examples, layout=layout, num_ranks=num_ranks)
     console.print(Text(f"\npicture of the lengths: {in_one_line(str(_draw(config, split, splits)))}"), soft_wrap=True)
 
 
-def _open(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, TokenizedSplit], str]:
-    """Return the splits by name, and why the artefact is not that of the run, if it is not: one that train refuses may be what one wants to look at.
+def _open(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, TokenizedSplit], dict, str]:
+    """Return the splits by name, the manifest, and why the artefact is not that of the run, if it is not: one that train refuses may be what one wants to look at.
 
     UserError when it is missing, damaged, or of another tokenizer, which would decode it to nonsense.
     """
@@ -76,7 +91,50 @@ def _open(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
         mismatch = ""
     except UserError as error:
         mismatch = str(error)
-    return {name: TokenizedSplit.load(folder / name) for name in manifest["splits"]}, mismatch
+    return {name: TokenizedSplit.load(folder / name) for name in manifest["splits"]}, manifest, mismatch
+
+
+def _open_reference(folder: Path) -> Reference:
+    """Return what there is of the reference artefact. Nothing wrong with it is an error: the dataset can be looked at without it."""
+    state = state_of(folder)
+    if state == "unfinished":
+        return _open_unfinished(incomplete_path(folder))
+    if state == "missing":
+        return Reference(state, f"{state}: {PRECOMPUTE_FIRST}", {}, no_rows(False))
+    try:
+        manifest = read_manifest(folder, kind="reference", remedy=PRECOMPUTE_FIRST)
+        require_intact(folder, manifest, remedy=PRECOMPUTE_FIRST)
+        rows = read_shards(folder / name for name in manifest["files"])
+    except UserError as error:
+        return Reference("damaged", in_one_line(f"notice: train will refuse this artefact. {error.where}: {error.what}; {error.remedy}"), {}, no_rows(False))
+    beside = f"\nbeside it, {_open_unfinished(incomplete_path(folder)).line}" if incomplete_path(folder).exists() else ""
+    return Reference("complete", f"complete: {count_of(len(rows.keys), 'log-prob')} in {count_of(len(manifest['files']), 'shard')}{beside}", manifest, rows)
+
+
+def _open_unfinished(folder: Path) -> Reference:
+    """The same for the folder of a precompute-ref that was cut short or is at work: only looked at, so that nothing is deleted, as its own way of reading does."""
+    shards: dict[str, list[ReferenceRows]] = {"kept": [], "scored": []}
+    with contextlib.suppress(OSError):  # what is there may be renamed at any moment
+        for path in sorted(folder.iterdir()):
+            name = NAME.fullmatch(path.name)
+            with contextlib.suppress(UserError):  # precompute-ref will score a damaged shard again
+                if name and path.is_file() and not path.is_symlink() and file_digest(path) == name["digest"]:
+                    shards[name["kind"]].append(read_shard(path).without_tokens())
+    rows = join_rows(shards["kept"] + shards["scored"], per_token=False)
+    num_kept = sum(len(shard.keys) for shard in shards["kept"])
+    done = f"{count_of(len(rows.keys), 'log-prob')} in {count_of(sum(map(len, shards.values())), 'shard')} so far" + (f", {num_kept:,} of them taken over" if num_kept else "")
+    state = resume_state(folder)
+    return Reference("unfinished", f"unfinished: {done}; to go on, {PRECOMPUTE_FIRST}", state if isinstance(state, dict) else {}, rows)
+
+
+def _scored(rows: ReferenceRows, split: TokenizedSplit, loss_type: str) -> Scored:
+    """Return the log-probs of the pairs of a split, found by their content, as train finds them."""
+    places = find(rows.keys, split.pair_keys)
+    found = np.flatnonzero(places >= 0)
+    found = found[rows.num_tokens[places[found]] == split.pair_lengths[found]]
+    logps = np.full(len(split.pair_keys), np.nan)
+    logps[found] = rows.logps[places[found]]
+    return Scored(logps, split.pair_lengths, np.asarray(split.desirable), len(needed_pairs(split, loss_type)))
 
 
 def _check_options(splits: dict[str, TokenizedSplit], *, split: str, num_rows: int, num_ranks: int) -> None:
@@ -103,33 +161,47 @@ def examples_of_step(config: RunConfig, name: str, split: TokenizedSplit, step: 
     return plan.examples_of(step) if plan else np.arange(split.num_examples), num_steps
 
 
-def _heading(console: Console, text: str, style: str = "") -> None:
-    console.print()
-    console.print(Rule(Text(in_one_line(text), style=f"bold {style}"), align="left", style=style or "none"))
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
-
-
 def _show_counts(console: Console, folder: Path) -> None:
     """Print what prepare counted: the splits side by side, then the sources of each."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    _heading(console, f"dataset artefact {folder}")
+    heading(console, f"dataset artefact {folder}")
     console.print(counts_by_split(report))
     for name, counts in report.items():
         if counts.get("sources"):
             console.print(counts_by_source(name, counts["sources"]))
 
 
-def _show_examples(console: Console, name: str, split: TokenizedSplit, num_rows: int, reader: Reader, data: DataConfig) -> None:
+def _show_reference(console: Console, config: RunConfig, dataset_manifest: dict, reference: Reference, scored: dict[str, Scored]) -> None:
+    """Print what made a reference artefact, which pairs it has, how likely it finds them, and whether it is that of the run."""
+    made = reference.made
+    console.print(facts_table(made), Text(), coverage_table(scored), Text())
+    if len(reference.rows.keys):
+        console.print(logp_table(scored), Text())
+    # The weights are not digested here: they may be tens of gigabytes.
+    identity = made["identity"] if isinstance(made.get("identity"), dict) else {}
+    expected = {"dtype": reference_model(config).dtype, **{key: value for key, value in dataset_manifest["identity"].items() if key in identity}}
+    differences = differing_fields(expected, identity)
+    for line in verdict(reference.state == "complete", differences, scored, PRECOMPUTE_FIRST) if made else []:
+        console.print(Text(line), soft_wrap=True)
+    others = origin_differences(reference_origin(config, dataset_manifest), made["origin"]) if isinstance(made.get("origin"), dict) else []
+    if others := [line for line in others if line.split(":")[0] not in expected]:
+        console.print(Text(listed("made with other settings, which are no matter where weights and pairs are the same:", others)), soft_wrap=True)
+
+
+def _show_lowest(console: Console, name: str, split: TokenizedSplit, scored: Scored) -> None:
+    if lowest := lowest_examples(scored, split.pair_keys):
+        lines = [f"{split.row_name(example)}, {NAMES[bool(split.desirable[example])]}: {nats(scored, example)}" for example in lowest]
+        console.print(Text(listed(f"\nlowest log-probs a token in {in_one_line(name)}, where a broken row would be:", lines)), soft_wrap=True)
+
+
+def _show_examples(console: Console, name: str, split: TokenizedSplit, num_rows: int, reader: Reader, data: DataConfig, scored: Scored) -> None:
     if num_rows:
         console.print(Text(f"\n{LEGEND}", style="dim"))
     for desirable in (True, False):
         chosen = spread(np.flatnonzero(np.asarray(split.desirable) == desirable), num_rows)
         for number, example in enumerate(chosen.tolist(), start=1):
-            _heading(console, f"{name}: {NAMES[desirable]} example {number} of {len(chosen)}, {split.row_name(example)}", STYLES[desirable])
-            console.print(_example(split, example, reader, data))
+            heading(console, f"{name}: {NAMES[desirable]} example {number} of {len(chosen)}, {split.row_name(example)}", STYLES[desirable])
+            console.print(_example(split, example, reader, data, scored))
 
 
 def spread(ids: np.ndarray, count: int) -> np.ndarray:
@@ -138,19 +210,22 @@ def spread(ids: np.ndarray, count: int) -> np.ndarray:
     return ids[(2 * np.arange(count) + 1) * len(ids) // (2 * max(count, 1))]
 
 
-def _example(split: TokenizedSplit, example: int, reader: Reader, data: DataConfig) -> Table:
+def _example(split: TokenizedSplit, example: int, reader: Reader, data: DataConfig, scored: Scored) -> Table:
     """Return the texts of an example and of its mismatched partner, with what there is to say about them on their left."""
     partner = int(split.mismatched_prompt_of[example])
     prompt, completion, partner_prompt = split.prompt(split.prompt_of[example]), split.completion(example), split.prompt(partner)
     stored, there = _stored_length(split, example), int(split.mismatched_lengths[example])
     cut = cut_of(split, example, reader.tokenizer.eos_token_id, data)
     donor = in_one_line(split.row_name(int((np.asarray(split.prompt_of) == partner).argmax())))
-    donated = f"the completion is donated to the prompt of {donor}, {_count(len(partner_prompt), 'token')}; {there:,} of its {_count(stored, 'token')} fit there"
-    texts = (
-        (("prompt", _count(len(prompt), "token")), decoded(reader, prompt, "cyan")),
-        (("completion", _count(len(completion), "token"), cut), decoded(reader, completion, STYLES[bool(split.desirable[example])], after=prompt)),
+    donated = f"the completion is donated to the prompt of {donor}, {count_of(len(partner_prompt), 'token')}; {there:,} of its {count_of(stored, 'token')} fit there"
+    pairs = {"matched": example, "mismatched": int(split.mismatched_pairs(example))}
+    texts = [
+        (("prompt", count_of(len(prompt), "token")), decoded(reader, prompt, "cyan")),
+        (("completion", count_of(len(completion), "token"), cut), decoded(reader, completion, STYLES[bool(split.desirable[example])], after=prompt)),
         (("mismatched", "partner"), Group(Text(donated), decoded(reader, partner_prompt, "cyan", most=PARTNER_TOKENS_SHOWN))),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if np.isfinite(scored.logps[list(pairs.values())]).any():
+        texts.append((("reference",), Text("\n".join(f"{kind}: {nats(scored, pair)}" for kind, pair in pairs.items()))))
     table = Table.grid(padding=(0, 2, 1, 0), collapse_padding=False)
     table.add_column(no_wrap=True, min_width=17)
     table.add_column(overflow="fold")
@@ -171,41 +246,6 @@ def cut_of(split: TokenizedSplit, example: int, eos_id: int | None, data: DataCo
     room = data.max_length - len(split.prompt(split.prompt_of[example]))
     at_limit = len(completion) >= min(room, data.max_completion_length or room)
     return "at the limit: cut?" if at_limit and data.truncation_mode not in ("drop", "error") and completion[-1] != eos_id else "whole"
-
-
-def decoded(reader: Reader, ids: np.ndarray, style: str, *, most: int = TOKENS_SHOWN, after: np.ndarray | None = None) -> Text:
-    """Return the text of the token ids [N], escaped, with special tokens marked; of many more than `most` tokens the middle is left out.
-
-    `after` are the ids before: some tokenizers drop the space that begins a text, and only what stands before it brings it back.
-    """
-    ids, before = ids.tolist(), [] if after is None else after[-1:].tolist()
-    if len(ids) <= 1.25 * most:  # to leave out a token or two helps nobody
-        return _runs(reader, ids, before, style)
-    head, left_out, tail = ids[: most // 2], ids[most // 2 : -(most // 2)], ids[-(most // 2) :]
-    return Text.assemble(_runs(reader, head, before, style), (f" [... {_count(len(left_out), 'token')} left out ...] ", "bold"), _runs(reader, tail, left_out[-1:], style))
-
-
-def _runs(reader: Reader, ids: list[int], before: list[int], style: str) -> Text:
-    """Decode ordinary tokens in stretches, since a character may take several of them, and special tokens one by one."""
-    text, run = Text(), []
-    for token_id in [*ids, None]:
-        if token_id is not None and token_id not in reader.special_ids:
-            run.append(token_id)
-            continue
-        if run:
-            text.append(visible(_decode_after(reader.tokenizer, before, run)), style)
-            before, run = run[-1:], []
-        if token_id is not None:
-            text.append(f"⟦{visible(reader.tokenizer.decode([token_id]))}⟧", "bold magenta")
-            before = [token_id]
-    if text.plain.endswith("\n"):
-        text.right_crop(1)  # the sign of the line's end is enough
-    return text
-
-
-def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    alone, start, whole = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, before, before + ids))
-    return whole.removeprefix(start) if whole.startswith(start) else alone
 
 
 def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examples: np.ndarray, *, layout: Layout, num_ranks: int) -> None:

@@ -172,7 +172,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
-            rows, bad_rows = _score_shard(tasks, fillers, splits, way, progress.update)
+            rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
             if number is not None and not bad_rows:
                 write_shard(work.folder, "scored", number, rows)
             if _is_over(bool(bad_rows), work.folder, way):
@@ -184,7 +184,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
         print(f"scored {tokens:,} tokens in {seconds:.1f} s on {world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}: {tokens / seconds:,.0f} tokens/s", flush=True)
 
 
-def _score_shard(
+def score_shard(
     shard: Shard, fillers: int, splits: dict[str, TokenizedSplit], way: Way, on_tokens: Callable[[int], object]
 ) -> tuple[ReferenceRows, list[str]]:
     """Return the scored rows of a shard, and the names of the examples whose log-prob cannot be used. The device is waited for once."""

@@ -15,7 +15,7 @@ from kto_ds.data.dataset import FILES, TokenizedSplit
 from kto_ds.data.packing import require_fit
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
-from kto_ds.model.support import read_model_config
+from kto_ds.model.support import read_model_config, require_trainable
 from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
 
 def main(config: RunConfig) -> None:
     model_config = read_model_config(config.model)
+    require_trainable(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     world = start()
@@ -123,6 +124,7 @@ def _open_inputs(config: RunConfig) -> Inputs:
         # Only what is trained on: evaluation rows that are added later are no reason to refuse a resume.
         "dataset": digest_of(*(entry["digest"] for name, entry in manifest["files"].items() if name.startswith("train/") and name != f"train/{FILES}")),
         "reference model": reference_manifest["identity"]["reference model"],
+        "reference dtype": reference_manifest["identity"]["dtype"],
     }
     return Inputs(splits, reference_logps, plan, loss, record)
 

@@ -56,7 +56,8 @@ def test_every_completion_token_is_predicted_from_exactly_what_precedes_it(seed,
         batch = make_batch(micro_batch, split, layout)
         positions = batch.position_ids.flatten().tolist()
         scored = [[] for _ in range(batch.num_pairs)]
-        for place, target, sequence in zip(batch.predictors.tolist(), batch.targets.tolist(), batch.sequence_of.tolist()):
+        sequence_of = torch.repeat_interleave(torch.arange(len(batch.completion_lengths)), batch.completion_lengths)
+        for place, target, sequence in zip(batch.predictors.tolist(), batch.targets.tolist(), sequence_of.tolist()):
             context = context_of(batch, place)
             assert positions[place] == len(context) - 1
             scored[sequence].append((context, target))
@@ -108,7 +109,7 @@ def test_padding_is_masked_and_comes_last():
 def test_a_filler_runs_two_tokens_and_returns_nothing(layout):
     batch = make_batch([], random_split(0), layout)
     assert batch.num_pairs == 0 and batch.input_ids.numel() == 2
-    assert len(batch.predictors) == len(batch.targets) == 1 and batch.sequence_of.tolist() == [0]
+    assert len(batch.predictors) == len(batch.targets) == 1 and batch.completion_lengths.tolist() == [1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

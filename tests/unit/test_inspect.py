@@ -16,9 +16,9 @@ from kto_ds.data.dataset import ARRAYS, FILES, TokenizedSplit
 from kto_ds.data.keys import ids_key, pair_keys
 from kto_ds.errors import UserError
 from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
-from kto_ds.report.inspection import counts_by_split, fill_table, open_console, visible
+from kto_ds.report.inspection import Reader, counts_by_split, decoded, fill_table, open_console, visible
 from kto_ds.stages.identity import dataset_identity, run_tokenizer
-from kto_ds.stages.inspect import Reader, cut_of, decoded, examples_of_step, fills_of, main, spread
+from kto_ds.stages.inspect import cut_of, examples_of_step, fills_of, main, spread
 
 EOS = 256
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J\u202egnp.exe\u200b \t\r[bold]loud[/bold]"

@@ -294,3 +294,17 @@ def test_an_artefact_with_an_unscored_row_cannot_become_complete(folder, capsys,
         assert run(folder, "precompute-ref") == 1
     assert "1 of" in (message := capsys.readouterr().err) and "have no log-prob" in message
     assert not (folder / "run" / "reference").exists()
+
+
+def test_the_example_of_the_docs_prints_the_tokens(folder, capsys, monkeypatch):
+    precompute(folder, capsys, "--reference.per_token", "true")
+    text = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (folder / "runs").mkdir()
+    (folder / "run").rename(folder / "runs" / "mine")
+    monkeypatch.chdir(folder)
+    exec(compile(example, "docs/reference.md", "exec"), {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    split = TokenizedSplit.load(folder / "runs" / "mine" / "dataset" / "train")
+    assert [int(token) for token, _ in printed] == split.completion(0).tolist()
+    assert sum(float(logp) for _, logp in printed) == pytest.approx(naive_logps(folder, split)[0], rel=1e-5)
