@@ -49,17 +49,21 @@ def staged_folder(final: Path) -> Iterator[Path]:
     """Yield an empty `<name>.incomplete` that is renamed to `final` when the block ends well, and removed when it does not."""
     staging = incomplete_path(final)
     try:
-        fresh_folder(staging)
-        yield staging
-        move_into_place(staging, final)
-    except OSError as error:
-        raise _unwritable(final, error) from error
+        with writing_to(final):
+            fresh_folder(staging)
+            yield staging
+            move_into_place(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _unwritable(final: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to")
+@contextlib.contextmanager
+def writing_to(final: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names the folder: a full disk or a missing right is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to") from error
 
 
 @contextlib.contextmanager
@@ -99,15 +103,12 @@ def resumable_folder(final: Path, identity: dict) -> Iterator[Path]:
     What an attempt of the same `identity` (JSON values) left is there again; what another one left is gone. The block seals the folder.
     """
     staging = incomplete_path(final)
-    with locked(final):
-        try:
-            if not can_resume(final, identity):
-                fresh_folder(staging)
-                write_resume(staging, identity)
-            yield staging
-            finish_folder(staging, final)
-        except OSError as error:
-            raise _unwritable(final, error) from error
+    with locked(final), writing_to(final):
+        if not can_resume(final, identity):
+            fresh_folder(staging)
+            write_resume(staging, identity)
+        yield staging
+        finish_folder(staging, final)
 
 
 def can_resume(final: Path, identity: dict) -> bool:

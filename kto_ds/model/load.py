@@ -2,6 +2,7 @@
 
 import contextlib
 
+import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -19,11 +20,13 @@ def load_policy(
     layout: str,
     backend: str,
     gradient_checkpointing: bool,
-    partition_for: dict | None,
+    partition_for: dict | None = None,
+    device: torch.device | None = None,
 ) -> Policy:
     """Read the weights and return the Policy, dropout off, in train mode so that checkpointing is active.
 
-    With `partition_for`, a DeepSpeed stage 3 config, parameters are partitioned over the ranks while they are read.
+    With `partition_for`, a DeepSpeed stage 3 config, parameters are partitioned over the ranks while they are read. With `device` they are
+    read to it one by one, so that the ranks of a machine do not each hold a copy in its memory first.
     """
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
@@ -39,6 +42,7 @@ def load_policy(
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention,
             use_safetensors=True, trust_remote_code=model.trust_remote_code, output_loading_info=True,
+            device_map=None if device is None else {"": device},
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError) as error:  # a quantised model asks for libraries of its own
         raise UserError(f"cannot load {model.path}: {str(error).splitlines()[0]}", where="model.path") from error

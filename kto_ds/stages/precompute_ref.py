@@ -5,6 +5,7 @@ artefact or an unfinished one knows of the same model is taken over by the conte
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_
 from kto_ds.stages.identity import gives_same_values, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
 from kto_ds.stages.serving import load_scorer, place
-from kto_ds.staging import finish_folder, fresh_folder, locked, resume_state, write_resume
+from kto_ds.staging import finish_folder, fresh_folder, locked, resume_state, write_resume, writing_to
 
 GIVEN_UP = "given_up"  # a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
 
@@ -130,10 +131,11 @@ def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tupl
     if len(rows.keys):
         print(f"taken over: {len(rows.keys):,} of {len(wanted.keys):,} log-probs, as they were scored before by the same model", flush=True)
     fresh = folder.with_name(f".{folder.name}.next")
-    fresh_folder(fresh)
-    names = [write_shard(fresh, "kept", number, part).name for number, part in enumerate(split_rows(rows))]
-    write_resume(fresh, {**state, "kept": names})
-    move_into_place(fresh, folder)
+    with writing_to(config.reference_dir):
+        fresh_folder(fresh)
+        names = [write_shard(fresh, "kept", number, part).name for number, part in enumerate(split_rows(rows))]
+        write_resume(fresh, {**state, "kept": names})
+        move_into_place(fresh, folder)
     return places >= 0, set()
 
 
@@ -167,14 +169,15 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
     total = sum(task.tokens for number in mine if number is not None for task in work.shards[number])
     began = time.perf_counter()
     bad_rows: list[str] = []
-    with tqdm(total=total, desc="precompute-ref", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=1.0) as progress:
+    with tqdm(total=total, desc="precompute-ref", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=0.5 if sys.stderr.isatty() else 30.0) as progress:
         for numbers, number in zip(rounds, mine):
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
             rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
             if number is not None and not bad_rows:
-                write_shard(work.folder, "scored", number, rows)
+                with writing_to(work.folder):
+                    write_shard(work.folder, "scored", number, rows)
             if _is_over(bool(bad_rows), work.folder, way):
                 break
     if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
@@ -229,6 +232,7 @@ def _finish(config: RunConfig, folder: Path, wanted: Wanted, manifest: dict) -> 
     unscored = find(rows.keys, wanted.keys) < 0
     if unscored.any() or len(rows.keys) != len(wanted.keys):
         raise KtoError(f"{unscored.sum():,} of {len(wanted.keys):,} pairs have no log-prob, and {len(rows.keys):,} are there; run kto-ds precompute-ref again")
-    seal(folder, manifest, {path.name: describe_file(path) for path in paths})
-    finish_folder(folder, config.reference_dir)
+    with writing_to(config.reference_dir):
+        seal(folder, manifest, {path.name: describe_file(path) for path in paths})
+        finish_folder(folder, config.reference_dir)
     print(f"reference artefact: {config.reference_dir}, {len(wanted.keys):,} log-probs", flush=True)

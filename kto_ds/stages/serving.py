@@ -1,6 +1,7 @@
 """A model that is only read, on the ranks: what precompute-ref and evaluate score with."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -31,6 +32,8 @@ def load_scorer(
     config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World
 ) -> Callable[..., Tensor]:
     """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
-    shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype) if placement.kind == "sharded" else None
-    policy = load_policy(model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False, partition_for=shards).eval()
-    return shard_for_reading(policy, shards) if shards else policy.to(world.device)
+    load = partial(load_policy, model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False)
+    if placement.kind == "replica":
+        return load(device=world.device).eval()
+    shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype)
+    return shard_for_reading(load(partition_for=shards).eval(), shards)

@@ -1,6 +1,8 @@
 """precompute-ref in one process: what is scored, what is taken over, what an interruption leaves."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +18,9 @@ from kto_ds.artifacts import incomplete_path, read_manifest
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.reference import LARGEST_LOGP, read_shards
+from kto_ds.model import policy
 from kto_ds.stages import precompute_ref
+from kto_ds.stages.identity import reference_identity
 from tests.distributed.runs import write_config, write_rows
 from tests.unit.test_refusals import make_model
 
@@ -308,3 +312,66 @@ def test_the_example_of_the_docs_prints_the_tokens(folder, capsys, monkeypatch):
     split = TokenizedSplit.load(folder / "runs" / "mine" / "dataset" / "train")
     assert [int(token) for token, _ in printed] == split.completion(0).tolist()
     assert sum(float(logp) for _, logp in printed) == pytest.approx(naive_logps(folder, split)[0], rel=1e-5)
+
+
+def test_a_full_disk_is_told_and_what_was_committed_stays(folder, capsys, monkeypatch):
+    shutil.rmtree(folder / "run" / "reference")
+    write, count = precompute_ref.write_shard, iter(range(100))
+
+    def write_two(*parts):
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_ref, "write_shard", write_two)
+        assert run(folder, "precompute-ref") == 2
+    message = capsys.readouterr().err
+    assert "cannot write: No space left on device" in message and str(folder / "run" / "reference") in message and "Traceback" not in message
+    assert len(list(incomplete_path(folder / "run" / "reference").glob("scored-*"))) == 2
+    precompute(folder, capsys)
+    assert train_accepts(folder)
+
+
+def drift_line(folder: Path, capsys, *overrides: object) -> str:
+    precompute(folder, capsys, *overrides)
+    assert train_accepts(folder, *overrides)
+    (line,) = re.findall("policy and reference before the first update differ by .*", capsys.readouterr().out)
+    return line
+
+
+def test_the_drift_before_the_first_update_is_told_with_its_worst_row(folder, capsys):
+    same = drift_line(folder, capsys)
+    assert float(re.search(r"([\d.e+-]+) nats a token", same)[1]) < 1e-5 and re.search(r"worst sequence, .*rows.jsonl:\d+$", same)
+
+
+@pytest.mark.parametrize(("overrides", "least", "most"), [(("--reference.dtype", "bfloat16"), 1e-6, 1e-2), (("--reference.path", "other"), 1e-2, 1.0)])
+def test_a_reference_of_another_dtype_or_model_is_measured_not_refused(folder, capsys, overrides, least, most):
+    option, value = overrides
+    line = drift_line(folder, capsys, option, folder / value if option == "--reference.path" else value, "--output_dir", folder / "another", "--data.artifact", folder / "run" / "dataset")
+    assert least < float(re.search(r"([\d.e+-]+) nats a token", line)[1]) < most
+
+
+def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_step(folder, capsys, monkeypatch):
+    """The log-probs belong to the weights by their digest, yet something scores otherwise now: libraries, kernels, a broken GPU."""
+    sum_by_pair = policy.sum_by_pair
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "sum_by_pair", lambda token_logps, batch: 1.01 * sum_by_pair(token_logps, batch))
+        assert run(folder, "train", "--deepspeed.config", "zero0") == 2
+    message = capsys.readouterr().err
+    assert "the policy does not reproduce its own reference log-probs" in message and "rows.jsonl:" in message
+    assert not list((folder / "run").glob("checkpoints/*"))
+
+
+def test_a_quantised_policy_is_refused_and_a_quantised_reference_is_recorded(folder, capsys):
+    shutil.copytree(folder / "model", folder / "quantised")
+    config = json.loads((folder / "quantised" / "config.json").read_text())
+    (folder / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}))
+    assert run(folder, "train", "--model.path", folder / "quantised") == 2
+    assert "quantised, and cannot be trained without adapters" in capsys.readouterr().err
+    run_config, _ = cli.read_config("precompute-ref", ["--config", str(folder / "run.yaml"), "--reference.path", str(folder / "quantised")])
+    manifest = read_manifest(folder / "run" / "dataset", kind="dataset", remedy="")
+    assert json.loads(reference_identity(run_config, manifest)["quantization"]) == {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert run(folder, "train", "--reference.path", folder / "quantised") == 2
+    message = capsys.readouterr().err
+    assert "quantization: this run has" in message and "fp8" in message
