@@ -175,7 +175,8 @@ def check_making(device: torch.device, split: TokenizedSplit) -> float:
         plain = AutoModelForCausalLM.from_config(copy.deepcopy(run.config), dtype=torch.float32, attn_implementation="eager").to(device).eval()
         plain.load_state_dict(policy.lm.state_dict())
         shards = plan_shards({"": split}, wanted_pairs({"": split}, "kto"), layout="prefix_shared", max_tokens=run.max_tokens)
-        for found in score(policy, [task.micro_batch for shard in shards for task in shard], split, layout="prefix_shared", device=device, per_token=True):
+        for task in (task for shard in shards for task in shard):
+            found = score(policy, task.micro_batch, split, layout="prefix_shared", device=device, per_token=True)
             wanted = torch.cat([plain_logps(plain, split, pair) for pair in found.pairs.tolist()])
             largest = max(largest, ((found.token_logps - wanted) / wanted).abs().max().item())
     if not largest <= TOLERANCE[device.type]:

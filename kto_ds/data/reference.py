@@ -108,7 +108,7 @@ def read_shard(path: Path) -> ReferenceRows:
         rows = ReferenceRows(arrays.pop("keys"), arrays.pop("logps"), arrays.pop("num_tokens"), arrays.pop("token_logps", None))
     except (SafetensorError, KeyError, ValueError) as error:
         raise _unusable(path, f"it is not a shard of reference log-probs ({error})") from error
-    size = len(rows.logps)
+    size = rows.logps.size
     shapes = [(rows.keys, (size, 2), np.uint64), (rows.logps, (size,), np.float32), (rows.num_tokens, (size,), np.int32)]
     if rows.token_logps is not None:
         shapes.append((rows.token_logps, (int(rows.num_tokens.sum(dtype=np.int64)),), np.float32))
@@ -118,6 +118,8 @@ def read_shard(path: Path) -> ReferenceRows:
     if bad.any():
         what = f"{bad.sum()} of {size} log-probs are not finite, 0 or above 0 (0 is a row that was never scored), the first: {rows.logps[bad][0]}"
         raise _unusable(path, what)
+    if rows.token_logps is not None and not np.isfinite(rows.token_logps).all():
+        raise _unusable(path, "log-probs of single tokens are not finite")
     return rows
 
 

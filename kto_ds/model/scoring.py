@@ -1,6 +1,6 @@
-"""Log-probs without gradients: the loop that precompute-ref and evaluate share."""
+"""Log-probs without gradients: what precompute-ref, evaluate and the first phase of a step share."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,18 +39,16 @@ def choose_serving(model: ModelConfig, config: PretrainedConfig, device: torch.d
 @torch.no_grad()
 def score(
     forward: Callable[..., Tensor],  # that of Policy
-    micro_batches: Iterable[MicroBatch],
+    micro_batch: MicroBatch,
     split: TokenizedSplit,
     *,
     layout: Layout,
     device: torch.device,
     per_token: bool = False,
-) -> Iterator[ScoredPairs]:
-    """Yield the log-probs of each micro-batch; a filler yields none, after running its forward. Nothing here waits for the device."""
-    for micro_batch in micro_batches:
-        batch = make_batch(micro_batch, split, layout).to(device)
-        if per_token:
-            token_logps = forward(batch, per_token=True)
-            yield ScoredPairs(batch.pair_ids, sum_by_pair(token_logps, batch), token_logps if batch.num_pairs else token_logps[:0])
-        else:
-            yield ScoredPairs(batch.pair_ids, forward(batch))
+) -> ScoredPairs:
+    """Return the log-probs of a micro-batch; those of a filler are none, after running its forward. Nothing here waits for the device."""
+    batch = make_batch(micro_batch, split, layout).to(device)
+    if not per_token:
+        return ScoredPairs(batch.pair_ids, forward(batch))
+    token_logps = forward(batch, per_token=True)
+    return ScoredPairs(batch.pair_ids, sum_by_pair(token_logps, batch), token_logps if batch.num_pairs else token_logps[:0])

@@ -30,7 +30,7 @@ from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths
 from kto_ds.report.inspection import Fill, Reader, count_of, counts_by_source, counts_by_split, decoded, fill_table, heading, in_one_line, open_console
 from kto_ds.report.reference_view import Scored, coverage_table, differing_fields, facts_table, listed, logp_table, lowest_examples, nats, verdict
 from kto_ds.stages.identity import dataset_identity, origin_differences, reference_model, reference_origin, require_same_dataset, require_same_tokenizer, run_tokenizer
-from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST
+from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST, read_dataset_manifest, require_whole_dataset
 from kto_ds.staging import resume_state
 
 PARTNER_TOKENS_SHOWN = 60  # of the prompt that a completion is donated to
@@ -83,9 +83,9 @@ def _open(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     UserError when it is missing, damaged, or of another tokenizer, which would decode it to nonsense.
     """
     folder = config.dataset_dir
-    manifest = read_manifest(folder, kind="dataset", remedy=PREPARE_FIRST)
+    manifest = read_dataset_manifest(folder)
     require_same_tokenizer(config.model, manifest, where="model.path")
-    require_intact(folder, manifest, remedy=PREPARE_FIRST)
+    require_whole_dataset(folder, manifest)
     try:
         require_same_dataset(dataset_identity(config, tokenizer), manifest["identity"], where=str(folder), remedy=PREPARE_FIRST)
         mismatch = ""

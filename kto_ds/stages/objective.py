@@ -158,7 +158,8 @@ def require_no_drift(drift: Drift) -> None:
 def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:
     """Return the log-probs [N] of `pairs` [N], ascending pair ids, without gradients. All ranks call this and get all of them."""
     logps = torch.zeros(len(pairs), dtype=torch.float32, device=sharding.device)
-    for scored in score(forward, sharding.share_of(pairs, split), split, layout=sharding.layout, device=sharding.device):
+    for micro_batch in sharding.share_of(pairs, split):
+        scored = score(forward, micro_batch, split, layout=sharding.layout, device=sharding.device)
         logps[_places(scored.pairs, pairs, sharding.device)] = scored.logps
     return sum_across_ranks(logps)
 

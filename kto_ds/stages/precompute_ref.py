@@ -5,6 +5,7 @@ artefact or an unfinished one knows of the same model is taken over by the conte
 """
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch
-from kto_ds.data.reference import LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, read_shards, split_rows, write_shard
+from kto_ds.data.reference import LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, no_rows, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import Shard, Wanted, plan_shards, wanted_pairs
 from kto_ds.errors import KtoError, NumericsError, UserError
 from kto_ds.model.placement import Placement
@@ -33,7 +34,7 @@ from kto_ds.stages.inputs import open_dataset, read_reference
 from kto_ds.stages.serving import load_scorer, place
 from kto_ds.staging import finish_folder, fresh_folder, locked, resume_state, write_resume, writing_to
 
-GIVEN_UP = "given_up"  # a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
+GIVEN_UP = "given_up-"  # of a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
 
 
 class Work(NamedTuple):
@@ -42,6 +43,7 @@ class Work(NamedTuple):
     folder: Path
     shards: list[Shard]
     todo: list[int]  # those of them that nobody has committed yet
+    given_up: Path  # no file of this name was there before: what a network file system remembers of an earlier attempt must not end this one
 
 
 class Way(NamedTuple):
@@ -109,9 +111,9 @@ def _open_work(config: RunConfig, splits: dict[str, TokenizedSplit], wanted: Wan
         "per_token": config.reference.per_token,
         "libraries": library_versions(),
     }
-    is_kept, done = on_main_rank(lambda: _begin(config, folder, wanted, state))
+    is_kept, done, attempt = on_main_rank(lambda: (*_begin(config, folder, wanted, state), secrets.token_hex(8)))
     shards = plan_shards(splits, wanted.select(~is_kept), layout=serving.layout, max_tokens=config.reference.max_tokens_per_microbatch)
-    return Work(folder, shards, [number for number in range(len(shards)) if number not in done])
+    return Work(folder, shards, [number for number in range(len(shards)) if number not in done], folder / (GIVEN_UP + attempt))
 
 
 def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tuple[np.ndarray, set[int]]:
@@ -120,7 +122,8 @@ def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tupl
     attempt = resume_state(folder)
     kept = committed_shards(folder, "kept")
     if canonical_json(attempt) == canonical_json({**state, "kept": [path.name for path in kept.values()]}):
-        (folder / GIVEN_UP).unlink(missing_ok=True)
+        for given_up in folder.glob(GIVEN_UP + "*"):
+            given_up.unlink()
         done = set(committed_shards(folder, "scored"))
         if done:
             print(f"an earlier precompute-ref was cut short: {len(done):,} shards of its work are there", flush=True)
@@ -146,7 +149,7 @@ def _known_rows(config: RunConfig, folder: Path, state: dict, attempt: object) -
     if final.is_dir():
         with contextlib.suppress(UserError):  # why it does not serve this run was said before
             manifest = read_manifest(final, kind="reference", remedy="")
-            if gives_same_values(state["identity"], manifest["identity"]) and (manifest["per_token"] or not per_token):
+            if gives_same_values(state["identity"], manifest.get("identity")) and (manifest.get("per_token") or not per_token):
                 require_intact(final, manifest, remedy="")
                 yield read_shards((final / name for name in manifest["files"]), per_token)
     if isinstance(attempt, dict) and gives_same_values(state["identity"], attempt.get("identity")) and (attempt.get("per_token") or not per_token):
@@ -174,11 +177,14 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
-            rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
+            try:
+                rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
+            except torch.OutOfMemoryError as error:
+                raise _too_large(error) from error
             if number is not None and not bad_rows:
                 with writing_to(work.folder):
                     write_shard(work.folder, "scored", number, rows)
-            if _is_over(bool(bad_rows), work.folder, way):
+            if _is_over(bool(bad_rows), work.given_up, way):
                 break
     if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
         raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite, or above 0; rows: {', '.join(bad_rows[:5])}")
@@ -190,39 +196,38 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
 def score_shard(
     shard: Shard, fillers: int, splits: dict[str, TokenizedSplit], way: Way, on_tokens: Callable[[int], object]
 ) -> tuple[ReferenceRows, list[str]]:
-    """Return the scored rows of a shard, and the names of the examples whose log-prob cannot be used. The device is waited for once."""
-    empty = next(iter(splits.values()))
-    passes: list[tuple[TokenizedSplit, MicroBatch]] = [(splits[task.split], task.micro_batch) for task in shard] + [(empty, [])] * fillers
-    # What nobody writes stays NaN, and is refused as any other NaN.
-    logps = torch.full((sum(task.num_pairs for task in shard),), float("nan"), device=way.world.device)
-    token_logps, keys, num_tokens, names = [], [], [], []
-    start = 0
+    """Return the scored rows of a shard, and the names of the examples whose log-prob cannot be used. The device is waited for once, at the end."""
+    any_split = next(iter(splits.values()))
+    passes: list[tuple[TokenizedSplit, MicroBatch]] = [(splits[task.split], task.micro_batch) for task in shard] + [(any_split, [])] * fillers
+    scored = []
     for split, micro_batch in passes:
-        for scored in score(way.scorer, [micro_batch], split, layout=way.layout, device=way.world.device, per_token=way.per_token):
-            logps[start : start + len(scored.pairs)] = scored.logps
-            start += len(scored.pairs)
-            token_logps.append(scored.token_logps)
-            keys.append(split.pair_keys[scored.pairs])
-            num_tokens.append(split.pair_lengths[scored.pairs])
-            names.append((split, scored.pairs))
+        scored.append((split, score(way.scorer, micro_batch, split, layout=way.layout, device=way.world.device, per_token=way.per_token)))
         on_tokens(sum(unit.tokens for unit in micro_batch))
-    values = logps.cpu().numpy()
-    bad = ~np.isfinite(values) | (values > ROUNDING)
+    if not shard:
+        return no_rows(way.per_token), []
+    logps = torch.cat([part.logps for _, part in scored]).cpu().numpy()
+    bad = ~np.isfinite(logps) | (logps > ROUNDING)
     if bad.any():
-        all_names = [split.row_name(pair % split.num_examples) for split, pairs in names for pair in pairs.tolist()]
-        return join_rows([], False), [all_names[place] for place in np.flatnonzero(bad)]
-    tokens = torch.cat(token_logps).cpu().numpy() if way.per_token and token_logps else None
-    rows = ReferenceRows(np.concatenate([np.empty((0, 2), np.uint64), *keys]), np.minimum(values, LARGEST_LOGP), np.concatenate([np.empty(0, np.int32), *num_tokens]).astype(np.int32), tokens)
-    return rows, []
+        names = [split.row_name(pair % split.num_examples) for split, part in scored for pair in part.pairs.tolist()]
+        return no_rows(way.per_token), [names[place] for place in np.flatnonzero(bad)]
+    keys = np.concatenate([split.pair_keys[part.pairs] for split, part in scored])
+    num_tokens = np.concatenate([split.pair_lengths[part.pairs] for split, part in scored]).astype(np.int32)
+    token_logps = torch.cat([part.token_logps for _, part in scored]).cpu().numpy() if way.per_token else None
+    return ReferenceRows(keys, np.minimum(logps, LARGEST_LOGP), num_tokens, token_logps), []
 
 
-def _is_over(has_bad_rows: bool, folder: Path, way: Way) -> bool:
+def _too_large(error: torch.OutOfMemoryError) -> UserError:
+    remedy = "lower it; or set reference.placement: sharded, where the weights take most of the memory"
+    return UserError(f"a micro-batch does not fit into the device's memory: {str(error).splitlines()[0]}", where="reference.max_tokens_per_microbatch", remedy=remedy)
+
+
+def _is_over(has_bad_rows: bool, given_up: Path, way: Way) -> bool:
     """Tell whether any rank has met a log-prob that cannot be used; there is no artefact to be made then."""
     if way.placement.kind == "sharded":
         return any_across_ranks(has_bad_rows, way.world.device)
     if has_bad_rows:
-        (folder / GIVEN_UP).touch()
-    return (folder / GIVEN_UP).exists()
+        given_up.touch()
+    return given_up.exists()
 
 
 def _finish(config: RunConfig, folder: Path, wanted: Wanted, manifest: dict) -> None:
