@@ -144,7 +144,9 @@ def move_into_place(staging: Path, final: Path) -> None:
     """
     recover(final)
     old = _set_aside_path(final)
-    if final.exists():
+    if final.is_symlink():
+        final.unlink()  # the link goes, what it leads to stays
+    elif final.exists():
         final.rename(old)
     staging.rename(final)
     fsync_path(final.parent)

@@ -134,5 +134,11 @@ class RunConfig(Section):
         return self.reference.artifact or self.output_dir / "reference"
 
     @property
+    def starts_from_reference(self) -> bool:
+        """Whether policy and reference are one model before the first update."""
+        own = self.model.path, self.model.revision
+        return self.reference.path is None or (str(Path(self.reference.path)), self.reference.revision) == (str(Path(own[0])), own[1])
+
+    @property
     def export_dir(self) -> Path:
         return self.output_dir / "export"

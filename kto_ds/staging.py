@@ -1,6 +1,7 @@
 """Folders that are being written: under another name, by one process at a time, thrown away or gone on with after a kill."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from kto_ds.artifacts import FORMAT, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
 from kto_ds.errors import UserError
+
+# What flock answers on a network file system that was mounted without it.
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def fresh_folder(folder: Path) -> None:
@@ -37,6 +41,10 @@ def _lock(path: Path, *, where: Path, remedy: str) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError("another run is writing here", where=str(where), remedy=remedy) from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        print(f"notice: {where}: this file system has no locks, so nothing keeps a second run out of it", flush=True)
     return descriptor
 
 
@@ -88,6 +96,15 @@ def resume_state(staging: Path) -> object | None:
 def write_resume(staging: Path, identity: object) -> None:
     """Say what the unfinished folder is the beginning of: a later attempt of the same `identity` (a JSON value) can go on with it."""
     write_atomically(staging / RESUME, canonical_json({"format": FORMAT, "identity": identity}))
+
+
+def keep_only(staging: Path, files: list[Path]) -> None:
+    """Delete what else lies in an unfinished folder, RESUME apart."""
+    for path in set(staging.iterdir()) - {*files, staging / RESUME}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def finish_folder(staging: Path, final: Path) -> None:

@@ -1,7 +1,8 @@
 """Reference log-probs on disk: shards of (key, log-prob, length), each committed by one rename, and the join that takes no row for another.
 
 Legend: N rows, T tokens of all their completions. A shard is a safetensors file: nothing in it can run code or grow when it is read. Its
-name ends with the digest of its bytes, so whoever meets it in an unfinished folder knows whether it is what was written.
+name ends with the digest of its bytes, so whoever meets it in an unfinished folder knows whether it is what was written; and it holds the
+digest of the plan it is a part of, since a rank that outlived its run may still write there.
 """
 
 import os
@@ -15,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from kto_ds.artifacts import file_digest, fsync_path
+from kto_ds.artifacts import canonical_json, digest_of, file_digest, fsync_path
 from kto_ds.data.keys import distinct
 from kto_ds.errors import UserError
 
@@ -23,7 +24,8 @@ from kto_ds.errors import UserError
 # so that a 0 on disk is never a value: it is a row that nobody scored.
 LARGEST_LOGP = -np.finfo(np.float32).tiny
 ROUNDING = 1e-3  # nats above 0 that are still rounding
-NAME = re.compile(r"(?P<kind>kept|scored)-(?P<number>\d{6})\.(?P<digest>[0-9a-f]{32})\.safetensors")
+KEPT = "kept"  # in place of a plan: rows that were taken over
+NAME = re.compile(r"(kept|scored)-(?P<number>\d{6})\.((?P<plan>[0-9a-f]{32})\.)?(?P<digest>[0-9a-f]{32})\.safetensors")
 MAX_SHARD_BYTES = 1 << 28
 MAX_ROWS, MAX_TOKENS = 1 << 20, 1 << 24  # of a shard of rows that were taken over, so that it stays below MAX_SHARD_BYTES
 
@@ -71,10 +73,16 @@ def split_rows(rows: ReferenceRows) -> Iterator[ReferenceRows]:
         start = end
 
 
-def write_shard(folder: Path, kind: str, number: int, rows: ReferenceRows) -> Path:
-    """Commit rows as one shard: a reader finds the whole of it on disk, or nothing. Kind is `scored`, or `kept` for what was taken over."""
+def plan_of(state: object) -> str:
+    """Return the plan that belongs to the state (a JSON value) of an unfinished folder: equal states cut equal work into equal shards."""
+    return digest_of(canonical_json(state))
+
+
+def write_shard(folder: Path, plan: str, number: int, rows: ReferenceRows) -> Path:
+    """Commit rows as one shard: a reader finds the whole of it on disk, or nothing. `plan` is a digest, or KEPT."""
     content = save({name: np.ascontiguousarray(value) for name, value in rows._asdict().items() if value is not None})
-    path = folder / f"{kind}-{number:06d}.{xxhash.xxh3_128(content).hexdigest()}.safetensors"
+    prefix = f"kept-{number:06d}" if plan == KEPT else f"scored-{number:06d}.{plan}"
+    path = folder / f"{prefix}.{xxhash.xxh3_128(content).hexdigest()}.safetensors"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     temporary.write_bytes(content)
     fsync_path(temporary)
@@ -83,18 +91,13 @@ def write_shard(folder: Path, kind: str, number: int, rows: ReferenceRows) -> Pa
     return path
 
 
-def committed_shards(folder: Path, kind: str) -> dict[int, Path]:
-    """Return {number: shard} of those in an unfinished folder whose bytes are what was written; what is damaged or half-written is deleted."""
+def committed_shards(folder: Path, plan: str) -> dict[int, Path]:
+    """Return {number: path} of the shards of a plan, or of those that were KEPT, in an unfinished folder, whose bytes are what was written."""
     shards = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         name = NAME.fullmatch(path.name)
-        if name is None:
-            if path.suffix == ".tmp":
-                path.unlink(missing_ok=True)
-        elif name["kind"] == kind:
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_SHARD_BYTES or file_digest(path) != name["digest"]:
-                path.unlink()
-            else:
+        if name and plan == (name["plan"] or KEPT) and not path.is_symlink() and path.is_file() and path.stat().st_size <= MAX_SHARD_BYTES:
+            if file_digest(path) == name["digest"]:
                 shards[int(name["number"])] = path
     return shards
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from kto_ds.artifacts import folder_digest
+from kto_ds.artifacts import digest_of, folder_digest
 from kto_ds.config import ModelConfig
 from kto_ds.errors import UserError, excerpt
 
@@ -23,6 +23,7 @@ LOGIT_CHANGES = (
 )  # fmt: skip
 # Kinds of rotary embedding that change all positions of a micro-batch once its longest sequence is beyond the original length.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weight file, for sampled_digest
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -73,6 +74,14 @@ def longest_servable(config: PretrainedConfig) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def require_positions(config: PretrainedConfig, longest: int, where: str) -> None:
+    """Refuse a model that has fewer positions than the longest sequence has tokens."""
+    limit = longest_servable(config)
+    if limit and longest > limit:
+        what = f"the longest sequence has {longest} tokens, the model has only {limit} positions to use"
+        raise UserError(what, where=where, remedy=f"use another model, or set data.max_length to {limit} or less and run kto-ds prepare again")
+
+
 def choose_layout(config: PretrainedConfig, requested: str) -> tuple[str, str]:
     """Return (layout, notice); `auto` shares prompts unless the model's layers forbid packing, which the notice then says."""
     entries = config.to_dict()
@@ -100,7 +109,13 @@ def weight_files(model: ModelConfig) -> tuple[Path, list[str]]:
             folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
         except (OSError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise UserError(f"neither a folder nor a model that can be fetched: {model.path}", where="model.path") from error
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():  # a folder may hold the weights in other forms too
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{len(absent)} of {len(names)} weight files are not in {folder}, the first: {excerpt(absent[0])}", where="model.path", remedy="fetch the model again")
     if not names:
         raise UserError(f"no safetensors weights in {folder}", where="model.path", remedy="convert the model to safetensors; pickled weights are not read")
     return folder, names
@@ -110,7 +125,23 @@ def model_digest(model: ModelConfig) -> str:
     """Digest of the weights and config as files, the same whether or not parameters are partitioned later."""
     folder, names = weight_files(model)
     code = [path.name for path in folder.glob("*.py")] if model.trust_remote_code else []
-    return folder_digest(folder, [*names, "config.json", *code])
+    # An adapter's config beside the weights would have transformers apply the adapter.
+    others = [name for name in ("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors") if (folder / name).is_file()]
+    return folder_digest(folder, [*names, "config.json", *others, *code])
+
+
+def sampled_digest(model: ModelConfig) -> str:
+    """Digest of the sizes of the weight files and of samples all over them: quick enough for every rank to take of what it sees itself."""
+    folder, names = weight_files(model)
+    parts: list[bytes | str] = []
+    for name in names:
+        size = (folder / name).stat().st_size
+        parts += [name, str(size)]
+        with open(folder / name, "rb") as file:
+            for number in range(SAMPLES):
+                file.seek(size * number // SAMPLES)
+                parts.append(file.read(SAMPLE_BYTES))
+    return digest_of(*parts)
 
 
 def quantization(model: ModelConfig) -> dict | None:

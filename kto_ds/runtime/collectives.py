@@ -52,7 +52,7 @@ def free_memory(world: World) -> int:
     """Return the bytes that this rank can still take on its device; ranks of one machine share its memory where that is the device."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")  # of torchrun, of the deepspeed launcher
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
 from kto_ds.errors import UserError
 from kto_ds.model.scoring import choose_serving
-from kto_ds.model.support import read_model_config
+from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.runtime.collectives import barrier, on_main_rank, start
 from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
@@ -29,6 +29,7 @@ def main(config: RunConfig) -> None:
     references, _ = open_reference(config, splits, manifest)
     loss, names = resolve_weights(config.loss, splits["train"]), evaluation_splits(splits)
     for name in names:
+        require_positions(model_config, splits[name].longest_pair_tokens, "eval.path")
         require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
     serving = choose_serving(model, model_config, world.device)
     scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world)

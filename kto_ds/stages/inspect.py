@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from kto_ds.artifacts import file_digest, incomplete_path, read_manifest, require_intact, state_of
+from kto_ds.artifacts import incomplete_path, read_manifest, require_intact, state_of
 from kto_ds.config import RunConfig
 from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out
-from kto_ds.data.reference import NAME, ReferenceRows, join_rows, no_rows, read_shard, read_shards
+from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shard, read_shards
 from kto_ds.data.reference_work import needed_pairs
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
@@ -112,18 +112,17 @@ def _open_reference(folder: Path) -> Reference:
 
 
 def _open_unfinished(folder: Path) -> Reference:
-    """The same for the folder of a precompute-ref that was cut short or is at work: only looked at, so that nothing is deleted, as its own way of reading does."""
-    shards: dict[str, list[ReferenceRows]] = {"kept": [], "scored": []}
-    with contextlib.suppress(OSError):  # what is there may be renamed at any moment
-        for path in sorted(folder.iterdir()):
-            name = NAME.fullmatch(path.name)
-            with contextlib.suppress(UserError):  # precompute-ref will score a damaged shard again
-                if name and path.is_file() and not path.is_symlink() and file_digest(path) == name["digest"]:
-                    shards[name["kind"]].append(read_shard(path).without_tokens())
-    rows = join_rows(shards["kept"] + shards["scored"], per_token=False)
-    num_kept = sum(len(shard.keys) for shard in shards["kept"])
-    done = f"{count_of(len(rows.keys), 'log-prob')} in {count_of(sum(map(len, shards.values())), 'shard')} so far" + (f", {num_kept:,} of them taken over" if num_kept else "")
+    """The same for the folder of a precompute-ref that was cut short or is at work: only looked at."""
     state = resume_state(folder)
+    kept, scored = [], []
+    with contextlib.suppress(OSError):  # what is there may be renamed at any moment
+        for plan, shards in ((KEPT, kept), (plan_of(state), scored)):
+            for path in committed_shards(folder, plan).values():
+                with contextlib.suppress(UserError):  # one that holds what cannot be
+                    shards.append(read_shard(path).without_tokens())
+    rows = join_rows(kept + scored, per_token=False)
+    num_kept = sum(len(shard.keys) for shard in kept)
+    done = f"{count_of(len(rows.keys), 'log-prob')} in {count_of(len(kept + scored), 'shard')} so far" + (f", {num_kept:,} of them taken over" if num_kept else "")
     return Reference("unfinished", f"unfinished: {done}; to go on, {PRECOMPUTE_FIRST}", state if isinstance(state, dict) else {}, rows)
 
 

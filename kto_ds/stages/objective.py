@@ -5,6 +5,7 @@ A log-prob is computed by one rank and is zero on the others, so that sums over 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -148,11 +149,12 @@ def measure_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.nda
     return Drift(float(drift.sum() / lengths.sum()), float(drift[worst]), float(allowed[worst]), split.row_name(pairs[worst] % split.num_examples))
 
 
-def require_no_drift(drift: Drift) -> None:
+def require_no_drift(drift: Drift, reference_dir: Path) -> None:
     """Raise UserError where the drift is beyond rounding."""
     if drift.largest > drift.allowed:
         what = f"the policy does not reproduce its own reference log-probs: {drift.largest:.2g} nats at {drift.worst_row}, {drift.allowed:.2g} allowed"
-        raise UserError(what, where="reference.artifact", remedy="run kto-ds precompute-ref again with this model and these libraries")
+        remedy = f"if libraries or kernels have changed since, delete {reference_dir} and run kto-ds precompute-ref again; if nothing has, doubt this machine"
+        raise UserError(what, where="reference.artifact", remedy=remedy)
 
 
 def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kto_ds.artifacts import canonical_json, describe_file, digest_of, incomplete_path, move_into_place, read_manifest, recover, require_intact, seal
+from kto_ds.artifacts import canonical_json, damaged_files, describe_file, digest_of, incomplete_path, move_into_place, read_manifest, recover, seal
 from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch
-from kto_ds.data.reference import LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, no_rows, read_shards, split_rows, write_shard
+from kto_ds.data.reference import KEPT, LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import Shard, Wanted, plan_shards, wanted_pairs
-from kto_ds.errors import KtoError, NumericsError, UserError
+from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving, score
-from kto_ds.model.support import read_model_config
+from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
 from kto_ds.stages.identity import gives_same_values, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
 from kto_ds.stages.serving import load_scorer, place
-from kto_ds.staging import finish_folder, fresh_folder, locked, resume_state, write_resume, writing_to
+from kto_ds.staging import finish_folder, fresh_folder, keep_only, locked, resume_state, write_resume, writing_to
 
 GIVEN_UP = "given_up-"  # of a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
 
@@ -41,6 +41,7 @@ class Work(NamedTuple):
     """What is left to do, the same on every rank."""
 
     folder: Path
+    plan: str  # digest of all that decides which shards there are, and what lies in them
     shards: list[Shard]
     todo: list[int]  # those of them that nobody has committed yet
     given_up: Path  # no file of this name was there before: what a network file system remembers of an earlier attempt must not end this one
@@ -61,6 +62,7 @@ def main(config: RunConfig) -> None:
     model_config = read_model_config(model, where="reference.path" if config.reference.path else "model.path")
     world = start()
     splits, dataset_manifest = open_dataset(config)
+    require_positions(model_config, max(split.longest_pair_tokens for split in splits.values()), "reference.path" if config.reference.path else "model.path")
     if config.reference.path:
         on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
     identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
@@ -77,17 +79,18 @@ def main(config: RunConfig) -> None:
         if work.todo:
             placement = place(config, model, model_config, world)
             if world.is_main:
-                _say_what_is_done(work, model.path, serving, placement)
+                _say_what_will_be_done(work, model.path, serving, placement)
             scorer = load_scorer(config, model, model_config, serving, placement, world)
             _score_all(work, splits, Way(scorer, serving.layout, placement, config.reference.per_token, world))
         manifest = {"kind": "reference", "identity": identity, "origin": origin, "layout": serving.layout, "attention": serving.backend,
                     "per_token": config.reference.per_token, "pairs": len(wanted.keys), "libraries": library_versions()}  # fmt: skip
-        on_main_rank(lambda: _finish(config, work.folder, wanted, manifest))
+        on_main_rank(lambda: _finish(config, work, wanted, manifest))
     barrier()
 
 
 def _is_up_to_date(config: RunConfig, splits: dict[str, TokenizedSplit], identity: dict, origin: dict) -> bool:
     """Tell whether train would accept the artefact that is there already, and it has all that is asked for."""
+    recover(config.reference_dir)
     if not config.reference_dir.is_dir():
         return False
     try:
@@ -111,23 +114,24 @@ def _open_work(config: RunConfig, splits: dict[str, TokenizedSplit], wanted: Wan
         "per_token": config.reference.per_token,
         "libraries": library_versions(),
     }
-    is_kept, done, attempt = on_main_rank(lambda: (*_begin(config, folder, wanted, state), secrets.token_hex(8)))
+    is_kept, plan, done, attempt = on_main_rank(lambda: (*_begin(config, folder, wanted, state), secrets.token_hex(8)))
     shards = plan_shards(splits, wanted.select(~is_kept), layout=serving.layout, max_tokens=config.reference.max_tokens_per_microbatch)
-    return Work(folder, shards, [number for number in range(len(shards)) if number not in done], folder / (GIVEN_UP + attempt))
+    return Work(folder, plan, shards, [number for number in range(len(shards)) if number not in done], folder / (GIVEN_UP + attempt))
 
 
-def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tuple[np.ndarray, set[int]]:
-    """Make the unfinished folder ready and return (which wanted pairs need no scoring, [W] bool; the shards of the others that are done)."""
+def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tuple[np.ndarray, str, set[int]]:
+    """Make the unfinished folder ready and return (which wanted pairs need no scoring, [W] bool; the plan; the shards of it that are done)."""
     recover(folder)
     attempt = resume_state(folder)
-    kept = committed_shards(folder, "kept")
-    if canonical_json(attempt) == canonical_json({**state, "kept": [path.name for path in kept.values()]}):
-        for given_up in folder.glob(GIVEN_UP + "*"):
-            given_up.unlink()
-        done = set(committed_shards(folder, "scored"))
+    kept = committed_shards(folder, KEPT)
+    now = {**state, "kept": [path.name for path in kept.values()]}
+    if canonical_json(attempt) == canonical_json(now):
+        plan = plan_of(now)
+        done = set(committed_shards(folder, plan))
         if done:
             print(f"an earlier precompute-ref was cut short: {len(done):,} shards of its work are there", flush=True)
-        return find(read_shards(kept.values()).keys, wanted.keys) >= 0, done
+        return find(read_shards(kept.values()).keys, wanted.keys) >= 0, plan, done
+    _require_no_other_work(folder, attempt, state["identity"])
     known = join_rows(_known_rows(config, folder, state, attempt), state["per_token"])
     places = find(known.keys, wanted.keys)
     rows = known.select(places[places >= 0])
@@ -136,27 +140,42 @@ def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tupl
     fresh = folder.with_name(f".{folder.name}.next")
     with writing_to(config.reference_dir):
         fresh_folder(fresh)
-        names = [write_shard(fresh, "kept", number, part).name for number, part in enumerate(split_rows(rows))]
-        write_resume(fresh, {**state, "kept": names})
+        now = {**state, "kept": [write_shard(fresh, KEPT, number, part).name for number, part in enumerate(split_rows(rows))]}
+        write_resume(fresh, now)
         move_into_place(fresh, folder)
-    return places >= 0, set()
+    return places >= 0, plan_of(now), set()
+
+
+def _require_no_other_work(folder: Path, attempt: object, identity: dict) -> None:
+    """Refuse to begin where log-probs of another reference wait to be gone on with: hours of work may lie there, and the config be a slip."""
+    other = attempt.get("identity") if isinstance(attempt, dict) else None
+    if isinstance(other, dict) and not gives_same_values(identity, other) and (shards := _committed(folder, attempt)):
+        differing = [f"{key}: this run has {excerpt(value)}, the unfinished one {excerpt(other.get(key))}" for key, value in identity.items() if other.get(key) != value]
+        what = "\n  ".join([f"an unfinished artefact of another reference, {len(shards):,} shards, lies here:", *differing])
+        raise UserError(what, where=str(folder), remedy="finish it with its own config, set another reference.artifact, or delete this folder")
+
+
+def _committed(folder: Path, attempt: dict) -> list[Path]:
+    """Return all whole shards of an unfinished attempt, by the state it was begun with."""
+    return [*committed_shards(folder, KEPT).values(), *committed_shards(folder, plan_of(attempt)).values()]
 
 
 def _known_rows(config: RunConfig, folder: Path, state: dict, attempt: object) -> Iterator[ReferenceRows]:
-    """Yield the rows of the older artefact and of an unfinished one, where the same model made them."""
-    per_token = state["per_token"]
+    """Yield the rows of the older artefact and of an unfinished one, where the same model made them, from every shard that is whole."""
+    paths: list[Path] = []
     final = config.reference_dir
-    if final.is_dir():
-        with contextlib.suppress(UserError):  # why it does not serve this run was said before
-            manifest = read_manifest(final, kind="reference", remedy="")
-            if gives_same_values(state["identity"], manifest.get("identity")) and (manifest.get("per_token") or not per_token):
-                require_intact(final, manifest, remedy="")
-                yield read_shards((final / name for name in manifest["files"]), per_token)
-    if isinstance(attempt, dict) and gives_same_values(state["identity"], attempt.get("identity")) and (attempt.get("per_token") or not per_token):
-        yield read_shards([*committed_shards(folder, "kept").values(), *committed_shards(folder, "scored").values()], per_token)
+    with contextlib.suppress(UserError):  # why the older one does not serve this run was said before
+        manifest = read_manifest(final, kind="reference", remedy="")
+        if gives_same_values(state["identity"], manifest.get("identity")):
+            paths += [final / name for name, entry in manifest["files"].items() if not damaged_files(final, {"files": {name: entry}})]
+    if isinstance(attempt, dict) and gives_same_values(state["identity"], attempt.get("identity")):
+        paths += _committed(folder, attempt)
+    for path in paths:
+        with contextlib.suppress(UserError):  # one that lacks what is wanted, or holds what cannot be
+            yield read_shards([path], state["per_token"])
 
 
-def _say_what_is_done(work: Work, path: str, serving: Serving, placement: Placement) -> None:
+def _say_what_will_be_done(work: Work, path: str, serving: Serving, placement: Placement) -> None:
     tasks = [task for number in work.todo for task in work.shards[number]]
     print(f"scoring {sum(task.num_pairs for task in tasks):,} pairs in {len(tasks):,} micro-batches with {path} ({serving.layout}, {serving.backend})", flush=True)
     print(f"placement: {placement.kind}, {placement.why}", flush=True)
@@ -172,6 +191,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
     total = sum(task.tokens for number in mine if number is not None for task in work.shards[number])
     began = time.perf_counter()
     bad_rows: list[str] = []
+    failure: KtoError | None = None
     with tqdm(total=total, desc="precompute-ref", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=0.5 if sys.stderr.isatty() else 30.0) as progress:
         for numbers, number in zip(rounds, mine):
             tasks = [] if number is None else work.shards[number]
@@ -179,13 +199,19 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
             try:
                 rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
+                if number is not None and not bad_rows:
+                    with writing_to(work.folder):
+                        write_shard(work.folder, work.plan, number, rows)
             except torch.OutOfMemoryError as error:
-                raise _too_large(error) from error
-            if number is not None and not bad_rows:
-                with writing_to(work.folder):
-                    write_shard(work.folder, "scored", number, rows)
-            if _is_over(bool(bad_rows), work.given_up, way):
+                if way.placement.kind == "sharded":  # in the middle of a forward that the others wait in: only an end of the job frees them
+                    raise _too_large(error) from error
+                failure = _too_large(error)
+            except UserError as error:
+                failure = error
+            if _is_over(bool(bad_rows or failure), work.given_up, way):
                 break
+    if failures := [found for found in gather_objects(failure) if found]:
+        raise failures[0]
     if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
         raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite, or above 0; rows: {', '.join(bad_rows[:5])}")
     tokens, seconds = sum(gather_objects(total)), time.perf_counter() - began
@@ -221,23 +247,24 @@ def _too_large(error: torch.OutOfMemoryError) -> UserError:
     return UserError(f"a micro-batch does not fit into the device's memory: {str(error).splitlines()[0]}", where="reference.max_tokens_per_microbatch", remedy=remedy)
 
 
-def _is_over(has_bad_rows: bool, given_up: Path, way: Way) -> bool:
-    """Tell whether any rank has met a log-prob that cannot be used; there is no artefact to be made then."""
+def _is_over(is_over_here: bool, given_up: Path, way: Way) -> bool:
+    """Tell whether any rank has met a log-prob that cannot be used, or an error; there is no artefact to be made then."""
     if way.placement.kind == "sharded":
-        return any_across_ranks(has_bad_rows, way.world.device)
-    if has_bad_rows:
+        return any_across_ranks(is_over_here, way.world.device)
+    if is_over_here:
         given_up.touch()
     return given_up.exists()
 
 
-def _finish(config: RunConfig, folder: Path, wanted: Wanted, manifest: dict) -> None:
+def _finish(config: RunConfig, work: Work, wanted: Wanted, manifest: dict) -> None:
     """Read everything back, see that every wanted pair is there once, and only then make the artefact complete."""
-    paths = [*committed_shards(folder, "kept").values(), *committed_shards(folder, "scored").values()]
+    paths = [*committed_shards(work.folder, KEPT).values(), *committed_shards(work.folder, work.plan).values()]
     rows = read_shards(paths)
     unscored = find(rows.keys, wanted.keys) < 0
     if unscored.any() or len(rows.keys) != len(wanted.keys):
         raise KtoError(f"{unscored.sum():,} of {len(wanted.keys):,} pairs have no log-prob, and {len(rows.keys):,} are there; run kto-ds precompute-ref again")
     with writing_to(config.reference_dir):
-        seal(folder, manifest, {path.name: describe_file(path) for path in paths})
-        finish_folder(folder, config.reference_dir)
+        keep_only(work.folder, paths)  # ranks that outlived an earlier run may have left shards of its plan
+        seal(work.folder, manifest, {path.name: describe_file(path) for path in paths})
+        finish_folder(work.folder, config.reference_dir)
     print(f"reference artefact: {config.reference_dir}, {len(wanted.keys):,} log-probs", flush=True)

@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kto_ds.config import ModelConfig, RunConfig
+from kto_ds.errors import UserError, excerpt
 from kto_ds.model.load import load_policy
 from kto_ds.model.placement import Placement, choose_placement, weight_bytes, working_bytes
 from kto_ds.model.scoring import Serving
-from kto_ds.model.support import weight_files
+from kto_ds.model.support import sampled_digest, weight_files
 from kto_ds.runtime.collectives import World, free_memory, gather_objects
 from kto_ds.runtime.deepspeed_config import offloads_parameters, read_deepspeed_config, reading_config
 from kto_ds.runtime.engine import shard_for_reading
@@ -28,10 +29,20 @@ def place(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig,
     )
 
 
+def require_same_weights(model: ModelConfig) -> None:
+    """Refuse weights that are not the same for all ranks, as copies on the disks of several machines can be. All ranks call this."""
+    found = gather_objects(sampled_digest(model))
+    others = [rank for rank, digest in enumerate(found) if digest != found[0]]
+    if others:
+        what = f"rank {others[0]} sees other weights under {excerpt(model.path)} than rank 0"
+        raise UserError(what, where="model.path", remedy="use one folder that all ranks see, or give every machine the same files")
+
+
 def load_scorer(
     config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World
 ) -> Callable[..., Tensor]:
     """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
+    require_same_weights(model)
     load = partial(load_policy, model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False)
     if placement.kind == "replica":
         return load(device=world.device).eval()

@@ -28,6 +28,7 @@ from kto_ds.runtime.engine import Engine
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import Sharding, evaluate_split, measure_drift, require_no_drift, train_step
+from kto_ds.stages.serving import require_same_weights
 from kto_ds.staging import claim_folder
 
 
@@ -130,6 +131,7 @@ def _open_inputs(config: RunConfig) -> Inputs:
 
 
 def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> Engine:
+    require_same_weights(config.model)
     policy = load_policy(
         config.model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=config.model.gradient_checkpointing,
         partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
@@ -170,8 +172,8 @@ def _look_at_drift(engine: Engine, config: RunConfig, inputs: Inputs, sharding: 
     drift = measure_drift(engine, train, inputs.reference_logps["train"], pairs, dtypes=dtypes, sharding=sharding)
     if world.is_main:
         print(f"policy and reference before the first update differ by {drift}", flush=True)
-    if config.reference.path is None:
-        require_no_drift(drift)
+    if config.starts_from_reference:
+        require_no_drift(drift, config.reference_dir)
 
 
 def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Engine, world: World, done: int) -> Sinks:

@@ -12,7 +12,7 @@ from kto_ds.artifacts import MANIFEST, describe_folder, incomplete_path, read_ma
 from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import distinct, find
-from kto_ds.data.reference import ReferenceRows, read_shards, write_shard
+from kto_ds.data.reference import KEPT, ReferenceRows, plan_of, read_shards, write_shard
 from kto_ds.report.reference_view import Scored, facts_table, lowest_examples
 from kto_ds.stages.identity import library_versions, reference_origin
 from kto_ds.staging import write_resume
@@ -53,9 +53,9 @@ def made_by(config: RunConfig, *, per_token: bool = False, identity: dict | None
     }
 
 
-def write_shards(folder: Path, rows: ReferenceRows, *, kind: str = "scored", count: int = 2) -> list[Path]:
+def write_shards(folder: Path, rows: ReferenceRows, *, plan: str = "a" * 32, count: int = 2) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    return [write_shard(folder, kind, number, rows.select(np.arange(len(rows.keys))[number::count])) for number in range(count)]
+    return [write_shard(folder, plan, number, rows.select(np.arange(len(rows.keys))[number::count])) for number in range(count)]
 
 
 def save_reference(config: RunConfig, rows: ReferenceRows, **changes) -> list[Path]:
@@ -225,11 +225,13 @@ def test_an_unfinished_artefact_is_counted_and_left_as_it_is(tmp_path, capsys):
     config = save_run(tmp_path, {"train": split})
     rows = score({"train": split})
     folder = incomplete_path(config.reference_dir)
-    [kept] = write_shards(folder, rows.select(np.arange(5)), kind="kept", count=1)
-    whole, damaged, _ = write_shards(folder, rows.select(np.arange(5, 17)), count=3)
+    [kept] = write_shards(folder, rows.select(np.arange(5)), plan=KEPT, count=1)
+    state = {name: value for name, value in made_by(config).items() if name not in ("kind", "origin")}
+    whole, damaged, _ = write_shards(folder, rows.select(np.arange(5, 17)), plan=plan_of(state), count=3)
+    write_shards(folder, rows.select(np.arange(17, 20)), count=1)  # of another plan
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
     (folder / ".scored-000007.tmp").write_bytes(b"being written")
-    write_resume(folder, {name: value for name, value in made_by(config).items() if name not in ("kind", "origin")})
+    write_resume(folder, state)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     output = inspect(config, capsys, num_rows=6)
     assert "unfinished: 13 log-probs in 3 shards so far, 5 of them taken over; to go on, run kto-ds precompute-ref" in output
@@ -258,9 +260,9 @@ def test_an_unfinished_one_beside_a_complete_one(tmp_path, capsys):
     config = save_run(tmp_path, {"train": split})
     rows = score({"train": split})
     save_reference(config, rows)
-    write_shards(incomplete_path(config.reference_dir), rows.select(np.arange(3)), count=1)
+    write_shards(incomplete_path(config.reference_dir), rows.select(np.arange(3)), plan=KEPT, count=1)
     output = inspect(config, capsys)
-    assert f"complete: {len(rows.keys)} log-probs in 2 shards\nbeside it, unfinished: 3 log-probs in 1 shard so far; to go on" in output
+    assert f"complete: {len(rows.keys)} log-probs in 2 shards\nbeside it, unfinished: 3 log-probs in 1 shard so far, 3 of them taken over; to go on" in output
     assert table_of(output) == expected_table({"train": split}, rows) and "train would find every pair" in output
 
 
@@ -280,7 +282,7 @@ def zero(folder: Path, paths: list[Path]) -> None:
     rows = read_shards(paths[:1])
     rows.logps[0] = 0
     paths[0].unlink()
-    write_shard(folder, "scored", 0, rows)
+    write_shard(folder, "a" * 32, 0, rows)
     seal(folder, read_manifest(folder, kind="reference", remedy=""), describe_folder(folder))
 
 

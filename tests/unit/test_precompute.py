@@ -17,7 +17,7 @@ from kto_ds import cli
 from kto_ds.artifacts import incomplete_path, read_manifest
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
-from kto_ds.data.reference import LARGEST_LOGP, read_shards
+from kto_ds.data.reference import KEPT, LARGEST_LOGP, read_shards, write_shard
 from kto_ds.model import policy
 from kto_ds.stages import precompute_ref
 from kto_ds.stages.identity import reference_identity
@@ -193,7 +193,7 @@ def interrupt(folder: Path, monkeypatch, *overrides: object, after: int) -> None
     write, count = precompute_ref.write_shard, iter(range(10**6))
 
     def write_some(target: Path, kind: str, number: int, shard):
-        if kind == "scored" and next(count) == after:
+        if kind != KEPT and next(count) == after:
             raise Interrupted
         return write(target, kind, number, shard)
 
@@ -256,14 +256,14 @@ def test_what_was_taken_over_survives_an_interruption(folder, capsys, monkeypatc
 
     def write_kept(target, kind, number, shard):
         calls.append(kind)
-        if kind == "scored":
+        if kind != KEPT:
             raise Interrupted
         return write(target, kind, number, shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(precompute_ref, "write_shard", write_kept)
         assert run(folder, "precompute-ref", "--seed", 7) == 1
-    assert calls == ["kept", "scored"] and reference.is_dir(), "the older artefact stays until the new one is complete"
+    assert calls[0] == KEPT and len(calls) == 2 and reference.is_dir(), "the older artefact stays until the new one is complete"
     shutil.rmtree(reference)
     capsys.readouterr()
     assert precompute(folder, capsys, "--seed", 7) == (len(new - old), 0)
@@ -375,3 +375,96 @@ def test_a_quantised_policy_is_refused_and_a_quantised_reference_is_recorded(fol
     assert run(folder, "train", "--reference.path", folder / "quantised") == 2
     message = capsys.readouterr().err
     assert "quantization: this run has" in message and "fp8" in message
+
+
+def test_shards_of_another_plan_that_a_leftover_rank_writes_are_not_taken_for_own_ones(folder, capsys, monkeypatch):
+    """A rank that outlived its run goes on writing; its shards may be of another model, under numbers and keys that are ours."""
+    staging = incomplete_path(folder / "run" / "reference")
+    interrupt(folder, monkeypatch, after=2)
+    foreign = read_shards(sorted(staging.glob("scored-000000*")))
+    plan = sorted(staging.glob("scored-*"))[0].name.split(".")[1]
+    write_shard(staging, "f" * 32, 5, foreign._replace(logps=foreign.logps - 5))
+    (staging / "scored-000007.folder").mkdir()
+    precompute(folder, capsys)
+    names = [path.name for path in (folder / "run" / "reference").glob("scored-*")]
+    assert all(f".{plan}." in name for name in names) and run(folder, "verify") == 0
+    split = TokenizedSplit.load(folder / "run" / "dataset" / "train")
+    scored = read_shards((folder / "run" / "reference").glob("*.safetensors"))
+    np.testing.assert_allclose(scored.logps[find(scored.keys, split.pair_keys)], naive_logps(folder, split), rtol=1e-5)
+
+
+def test_whole_shards_of_a_damaged_artefact_are_taken_over_and_the_damaged_one_is_not(folder, capsys):
+    one, *others = sorted((folder / "run" / "reference").glob("scored-*"))
+    whole = scored_pairs(others)
+    damaged = bytearray(one.read_bytes())
+    damaged[-1] ^= 1  # a length, or a log-prob that could be one
+    one.write_bytes(damaged)
+    assert run(folder, "train") == 2 and "damaged" in capsys.readouterr().err
+    scored, kept = precompute(folder, capsys)
+    assert kept == whole and scored == len(keys_of(folder)) - kept
+    split = TokenizedSplit.load(folder / "run" / "dataset" / "train")
+    rows = read_shards((folder / "run" / "reference").glob("*.safetensors"))
+    np.testing.assert_allclose(rows.logps[find(rows.keys, split.pair_keys)], naive_logps(folder, split), rtol=1e-5)
+
+
+def test_a_slip_in_the_config_does_not_throw_unfinished_work_away(folder, capsys, monkeypatch):
+    staging = incomplete_path(folder / "run" / "reference")
+    interrupt(folder, monkeypatch, after=3)
+    left = content_of(staging)
+    for option, value, field in (("--reference.dtype", "bfloat16", "dtype"), ("--reference.path", folder / "other", "reference model")):
+        assert run(folder, "precompute-ref", option, value) == 2
+        message = capsys.readouterr().err
+        assert "an unfinished artefact of another reference, 3 shards, lies here" in message and f"{field}: this run has" in message and "delete this folder" in message
+    assert content_of(staging) == left
+    assert precompute(folder, capsys)[0] == len(keys_of(folder)) - sum(scored_pairs([folder / "run" / "reference" / name]) for name in left if name.startswith("scored-"))
+
+
+def test_a_kept_shard_that_is_lost_is_made_up_for(folder, capsys, monkeypatch):
+    assert run(folder, "prepare", "--seed", 7) == 0
+    interrupted = iter(range(10))
+    write = precompute_ref.write_shard
+
+    def write_some(target, plan, number, shard):
+        if plan != KEPT and next(interrupted) == 2:
+            raise Interrupted
+        return write(target, plan, number, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_ref, "write_shard", write_some)
+        assert run(folder, "precompute-ref", "--seed", 7) == 1
+    staging = incomplete_path(folder / "run" / "reference")
+    for path in staging.glob("kept-*"):
+        path.unlink()
+    scored, kept = precompute(folder, capsys, "--seed", 7)
+    assert scored + kept == len(keys_of(folder)) and kept > 0
+    assert train_accepts(folder, "--seed", 7)
+
+
+def test_a_reference_with_too_few_positions_is_refused(folder, capsys):
+    make_model(folder / "short", seed=0, max_position_embeddings=6)
+    assert run(folder, "precompute-ref", "--reference.path", folder / "short") == 2
+    assert "reference.path: the longest sequence has" in (message := capsys.readouterr().err) and "only 6 positions" in message
+
+
+def test_a_reference_folder_that_is_a_link_is_replaced_by_a_folder(folder, capsys):
+    reference = folder / "run" / "reference"
+    reference.rename(folder / "elsewhere")
+    reference.symlink_to(folder / "elsewhere")
+    before = content_of(folder / "elsewhere")
+    for seed in (7, 8):
+        assert run(folder, "prepare", "--seed", seed) == 0
+        precompute(folder, capsys, "--seed", seed)
+        assert reference.is_dir() and not reference.is_symlink() and train_accepts(folder, "--seed", seed)
+        shutil.rmtree(folder / "run" / "checkpoints")
+    assert content_of(folder / "elsewhere") == before
+
+
+def test_the_same_model_named_twice_is_still_held_to_its_own_log_probs(folder, capsys, monkeypatch):
+    again = ("--reference.path", f"{folder / 'model'}/")
+    assert precompute(folder, capsys, *again) == (0, 0)
+    sum_by_pair = policy.sum_by_pair
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "sum_by_pair", lambda token_logps, batch: 1.01 * sum_by_pair(token_logps, batch))
+        assert run(folder, "train", "--deepspeed.config", "zero0", *again) == 2
+    message = capsys.readouterr().err
+    assert "does not reproduce its own reference" in message and f"delete {folder / 'run' / 'reference'}" in message

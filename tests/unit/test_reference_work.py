@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from kto_ds.data.reference import MAX_ROWS, NAME, ReferenceRows, committed_shards, join_rows, read_shards, split_rows, write_shard
+from kto_ds.data.reference import KEPT, MAX_ROWS, NAME, ReferenceRows, committed_shards, join_rows, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import MIN_SHARDS, needed_pairs, plan_shards, wanted_pairs
 from kto_ds.errors import UserError
 from kto_ds.model.placement import GIB, choose_placement, weight_bytes, working_bytes
 from tests.unit.splits import make_split
+
+PLAN = "a" * 32
 
 
 def random_split(seed: int, size: int = 400, prompts: int = 90):
@@ -76,16 +78,15 @@ def rows_of(size: int, per_token: bool = False, start: int = 0) -> ReferenceRows
 @pytest.mark.parametrize("per_token", [False, True])
 def test_what_is_committed_is_read_again_and_nothing_else(tmp_path, per_token):
     parts = [rows_of(7, per_token), rows_of(5, per_token, start=100)]
-    paths = [write_shard(tmp_path, "scored", number, part) for number, part in enumerate(parts)]
-    assert all(NAME.fullmatch(path.name) for path in paths) and write_shard(tmp_path, "scored", 1, parts[1]) == paths[1]
+    paths = [write_shard(tmp_path, PLAN, number, part) for number, part in enumerate(parts)]
+    assert all(NAME.fullmatch(path.name) for path in paths) and write_shard(tmp_path, PLAN, 1, parts[1]) == paths[1]
     (tmp_path / ".scored-000002.tmp").write_bytes(b"half")
-    assert committed_shards(tmp_path, "scored") == {0: paths[0], 1: paths[1]} and not committed_shards(tmp_path, "kept")
-    assert sorted(tmp_path.iterdir()) == paths, "what a kill left half-written is gone"
+    assert committed_shards(tmp_path, PLAN) == {0: paths[0], 1: paths[1]} and not committed_shards(tmp_path, KEPT) and not committed_shards(tmp_path, "b" * 32)
     rows, both = read_shards(paths, per_token), join_rows(parts, per_token)
     for found, expected in zip(rows, both):
         assert (found is None and expected is None) or found.tobytes() == expected.tobytes()
     with pytest.raises(UserError, match="5 reference log-probs are there twice"):
-        read_shards([*paths, write_shard(tmp_path, "scored", 2, parts[1])], per_token)
+        read_shards([*paths, write_shard(tmp_path, PLAN, 2, parts[1])], per_token)
 
 
 def test_rows_that_are_taken_over_are_divided_among_shards_of_bounded_size(monkeypatch):
