@@ -5,11 +5,11 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kto_ds.artifacts import FORMAT, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
-from kto_ds.errors import UserError
+from kto_ds.artifacts import FORMAT, MANIFEST, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
+from kto_ds.errors import UserError, excerpt
 
 # What flock answers on a network file system that was mounted without it.
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -19,6 +19,34 @@ def fresh_folder(folder: Path) -> None:
     """Make an empty folder; what lay there is gone."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def require_own_place(final: Path, kind: str, is_part: Callable[[str], bool]) -> None:
+    """Refuse a place for an artefact of this `kind` where something else lies: what is there is replaced by the artefact, and would be lost.
+
+    `is_part` says of the name of an entry whether such an artefact has it.
+    """
+    remedy = "name a folder that does not exist yet, or one of a former artefact of this kind"
+    if final.name in ("", ".."):
+        raise UserError(f"a {kind} artefact needs a folder of its own", where=str(final), remedy=remedy)
+    if final.exists() and not final.is_dir():
+        raise UserError(f"there is a file where the {kind} artefact is to be", where=str(final), remedy=remedy)
+    others = sorted(path.name for path in final.iterdir() if path.name not in (MANIFEST, RESUME) and not is_part(path.name)) if final.is_dir() else []
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(f"{excerpt(others[0])}{more} lies here, which is no part of a {kind} artefact and would be deleted", where=str(final), remedy=f"move it away, or {remedy}")
+    for parent in final.absolute().parents:
+        if _is_artifact(parent):
+            raise UserError(f"the {kind} artefact would lie inside another artefact, {excerpt(str(parent))}", where=str(final), remedy=remedy)
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Tell whether a folder has a manifest of ours."""
+    try:
+        found = read_json(folder / MANIFEST)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"format", "kind", "files"} <= found.keys()
 
 
 def claim_folder(folder: Path) -> None:

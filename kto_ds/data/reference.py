@@ -132,7 +132,7 @@ def read_shards(paths: Iterable[Path], per_token: bool = False) -> ReferenceRows
     for path in paths:
         rows = read_shard(path)
         if per_token and rows.token_logps is None:
-            raise _unusable(path, "it has no log-probs of single tokens")
+            raise _unusable(path, "it has no log-probs of single tokens", "set reference.per_token: true and run kto-ds precompute-ref again")
         parts.append(rows if per_token else rows.without_tokens())
     rows = join_rows(parts, per_token)
     _, first = distinct(rows.keys)
@@ -144,5 +144,10 @@ def read_shards(paths: Iterable[Path], per_token: bool = False) -> ReferenceRows
 REMEDY = "run kto-ds precompute-ref again"
 
 
-def _unusable(path: Path, what: str) -> UserError:
-    return UserError(what, where=str(path), remedy=REMEDY)
+def _unusable(path: Path, what: str, remedy: str = REMEDY) -> UserError:
+    return UserError(what, where=str(path), remedy=remedy)
+
+
+def is_part(name: str) -> bool:
+    """Tell whether an entry of this name belongs to a reference artefact, besides its manifest."""
+    return name.startswith(("kept-", "scored-")) and name.endswith(".safetensors")

@@ -179,9 +179,17 @@ def reference_identity(config: RunConfig, dataset_manifest: dict) -> dict:
 SAME_VALUES = ("reference model", "dtype", "quantization", "tokenizer", "chat_template")
 
 
+# The part of it that a slip in a config changes, and that took the reference hours.
+SAME_MODEL = ("reference model", "dtype", "quantization")
+
+
 def gives_same_values(identity: dict, other: object) -> bool:
     """Tell whether log-probs of one reference identity are those of another for the same tokens. `other` may be anything that JSON holds."""
     return isinstance(other, dict) and all(other.get(key) == identity[key] for key in SAME_VALUES)
+
+
+def is_same_model(identity: dict, other: dict) -> bool:
+    return all(other.get(key) == identity[key] for key in SAME_MODEL)
 
 
 def reference_origin(config: RunConfig, dataset_manifest: dict) -> dict:

@@ -22,17 +22,17 @@ from kto_ds.config import RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch
-from kto_ds.data.reference import KEPT, LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shards, split_rows, write_shard
+from kto_ds.data.reference import KEPT, LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, is_part, join_rows, no_rows, plan_of, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import Shard, Wanted, plan_shards, wanted_pairs
 from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving, score
 from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
-from kto_ds.stages.identity import gives_same_values, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
+from kto_ds.stages.identity import gives_same_values, is_same_model, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
 from kto_ds.stages.serving import load_scorer, place
-from kto_ds.staging import finish_folder, fresh_folder, keep_only, locked, resume_state, write_resume, writing_to
+from kto_ds.staging import finish_folder, fresh_folder, keep_only, locked, require_own_place, resume_state, write_resume, writing_to
 
 GIVEN_UP = "given_up-"  # of a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
 
@@ -61,6 +61,7 @@ def main(config: RunConfig) -> None:
     model = reference_model(config)
     model_config = read_model_config(model, where="reference.path" if config.reference.path else "model.path")
     world = start()
+    on_main_rank(lambda: require_own_place(config.reference_dir, "reference", is_part))
     splits, dataset_manifest = open_dataset(config)
     require_positions(model_config, max(split.longest_pair_tokens for split in splits.values()), "reference.path" if config.reference.path else "model.path")
     if config.reference.path:
@@ -131,7 +132,7 @@ def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tupl
         if done:
             print(f"an earlier precompute-ref was cut short: {len(done):,} shards of its work are there", flush=True)
         return find(read_shards(kept.values()).keys, wanted.keys) >= 0, plan, done
-    _require_no_other_work(folder, attempt, state["identity"])
+    _require_no_other_work(config.reference_dir, attempt, state["identity"])
     known = join_rows(_known_rows(config, folder, state, attempt), state["per_token"])
     places = find(known.keys, wanted.keys)
     rows = known.select(places[places >= 0])
@@ -146,13 +147,18 @@ def _begin(config: RunConfig, folder: Path, wanted: Wanted, state: dict) -> tupl
     return places >= 0, plan_of(now), set()
 
 
-def _require_no_other_work(folder: Path, attempt: object, identity: dict) -> None:
-    """Refuse to begin where log-probs of another reference wait to be gone on with: hours of work may lie there, and the config be a slip."""
-    other = attempt.get("identity") if isinstance(attempt, dict) else None
-    if isinstance(other, dict) and not gives_same_values(identity, other) and (shards := _committed(folder, attempt)):
-        differing = [f"{key}: this run has {excerpt(value)}, the unfinished one {excerpt(other.get(key))}" for key, value in identity.items() if other.get(key) != value]
-        what = "\n  ".join([f"an unfinished artefact of another reference, {len(shards):,} shards, lies here:", *differing])
-        raise UserError(what, where=str(folder), remedy="finish it with its own config, set another reference.artifact, or delete this folder")
+def _require_no_other_work(final: Path, attempt: object, identity: dict) -> None:
+    """Refuse to begin in the place of another reference's log-probs, complete or not: hours of work may lie there, and the config be a slip."""
+    found: dict[Path, object] = {}
+    if isinstance(attempt, dict) and _committed(incomplete_path(final), attempt):
+        found[incomplete_path(final)] = attempt.get("identity")
+    with contextlib.suppress(UserError):
+        found[final] = read_manifest(final, kind="reference", remedy="").get("identity")
+    for folder, other in found.items():
+        if isinstance(other, dict) and not is_same_model(identity, other):
+            lines = [f"{key}: this run has {excerpt(value)}, what lies there {excerpt(other.get(key))}" for key, value in identity.items() if other.get(key) != value]
+            what = "\n  ".join(["log-probs of another reference lie here, and would be deleted:", *lines])
+            raise UserError(what, where=str(folder), remedy="set another reference.artifact, or delete this folder")
 
 
 def _committed(folder: Path, attempt: dict) -> list[Path]:
@@ -192,7 +198,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
     began = time.perf_counter()
     bad_rows: list[str] = []
     failure: KtoError | None = None
-    with tqdm(total=total, desc="precompute-ref", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=0.5 if sys.stderr.isatty() else 30.0) as progress:
+    with tqdm(total=total, desc="precompute-ref, rank 0", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=0.5 if sys.stderr.isatty() else 30.0) as progress:
         for numbers, number in zip(rounds, mine):
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.

@@ -26,12 +26,13 @@ from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
-from kto_ds.staging import can_resume, claim_folder, resumable_folder
+from kto_ds.staging import can_resume, claim_folder, require_own_place, resumable_folder
 
 TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 HELD_OUT_SPLIT = f"eval/{HELD_OUT}"
 SEGMENTS = "segments"  # in the unfinished artefact
 REJECTED = "rejected_rows.jsonl"
+PARTS = {"train", "eval", REPORT, REJECTED}  # of a dataset artefact
 
 
 # What a count of the report means to a user, where it is not 0.
@@ -75,6 +76,7 @@ def main(config: RunConfig) -> None:
     libraries = library_versions()
     tokenization = tokenization_identity(config, tokenizer)
     resume_identity = {**tokenization, "libraries": libraries}
+    require_own_place(config.dataset_dir, "dataset", lambda name: name in PARTS)
     claim_folder(config.output_dir)
 
     with Workers(_tokenizer_source(config), config.data.dataset_num_proc) as workers:

@@ -157,13 +157,22 @@ def test_another_limit_that_cuts_nothing_scores_nothing(folder, capsys):
     assert "max_length: this run has 12, the artefact has 14" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("overrides", [("--reference.path", "other"), ("--reference.dtype", "bfloat16"), ("--reference.per_token", "true")])
-def test_nothing_is_taken_over_from_another_model_or_dtype_or_without_tokens(folder, capsys, overrides):
-    option, value = overrides
-    value = folder / value if option == "--reference.path" else value
-    scored, kept = precompute(folder, capsys, option, value)
-    assert (scored, kept) == (len(keys_of(folder)), 0)
-    assert precompute(folder, capsys, option, value) == (0, 0)
+@pytest.mark.parametrize(("option", "field"), [("--reference.path", "reference model"), ("--reference.dtype", "dtype")])
+def test_log_probs_of_another_reference_are_neither_taken_over_nor_deleted(folder, capsys, option, field):
+    value = folder / "other" if option == "--reference.path" else "bfloat16"
+    before = content_of(folder / "run" / "reference")
+    assert run(folder, "precompute-ref", option, value) == 2
+    message = capsys.readouterr().err
+    assert "log-probs of another reference lie here" in message and f"{field}: this run has" in message and "set another reference.artifact, or delete" in message
+    assert content_of(folder / "run" / "reference") == before
+    place = ("--reference.artifact", folder / "second")
+    assert precompute(folder, capsys, option, value, *place) == (len(keys_of(folder)), 0)
+    assert precompute(folder, capsys, option, value, *place) == (0, 0)
+
+
+def test_nothing_is_taken_over_where_the_tokens_are_missing(folder, capsys):
+    assert precompute(folder, capsys, "--reference.per_token", "true") == (len(keys_of(folder)), 0)
+    assert precompute(folder, capsys, "--reference.per_token", "true") == (0, 0)
 
 
 def test_the_tokens_add_up_to_the_sequences(folder, capsys):
@@ -283,6 +292,7 @@ def test_a_log_prob_that_rounds_to_0_is_stored_below_it(folder, capsys):
         model.lm_head.weight.zero_()
         model.lm_head.weight[7, 0] = 1000.0
     model.save_pretrained(folder / "model")
+    shutil.rmtree(folder / "run" / "reference")
     write_rows(folder / "rows.jsonl", [{"prompt": f"t{3 + number}", "completion": " t7 t7", "label": number % 2 == 0} for number in range(8)])
     assert run(folder, "prepare", "--data.append_eos", "false") == 0
     assert precompute(folder, capsys, "--data.append_eos", "false")[0] == 8
@@ -348,7 +358,7 @@ def test_the_drift_before_the_first_update_is_told_with_its_worst_row(folder, ca
 @pytest.mark.parametrize(("overrides", "least", "most"), [(("--reference.dtype", "bfloat16"), 1e-6, 1e-2), (("--reference.path", "other"), 1e-2, 1.0)])
 def test_a_reference_of_another_dtype_or_model_is_measured_not_refused(folder, capsys, overrides, least, most):
     option, value = overrides
-    line = drift_line(folder, capsys, option, folder / value if option == "--reference.path" else value, "--output_dir", folder / "another", "--data.artifact", folder / "run" / "dataset")
+    line = drift_line(folder, capsys, option, folder / value if option == "--reference.path" else value, "--output_dir", folder / "another", "--data.artifact", folder / "run" / "dataset", "--reference.artifact", folder / "second")
     assert least < float(re.search(r"([\d.e+-]+) nats a token", line)[1]) < most
 
 
@@ -414,7 +424,7 @@ def test_a_slip_in_the_config_does_not_throw_unfinished_work_away(folder, capsys
     for option, value, field in (("--reference.dtype", "bfloat16", "dtype"), ("--reference.path", folder / "other", "reference model")):
         assert run(folder, "precompute-ref", option, value) == 2
         message = capsys.readouterr().err
-        assert "an unfinished artefact of another reference, 3 shards, lies here" in message and f"{field}: this run has" in message and "delete this folder" in message
+        assert f"{staging}: log-probs of another reference lie here" in message and f"{field}: this run has" in message and "delete this folder" in message
     assert content_of(staging) == left
     assert precompute(folder, capsys)[0] == len(keys_of(folder)) - sum(scored_pairs([folder / "run" / "reference" / name]) for name in left if name.startswith("scored-"))
 
@@ -468,3 +478,41 @@ def test_the_same_model_named_twice_is_still_held_to_its_own_log_probs(folder, c
         assert run(folder, "train", "--deepspeed.config", "zero0", *again) == 2
     message = capsys.readouterr().err
     assert "does not reproduce its own reference" in message and f"delete {folder / 'run' / 'reference'}" in message
+
+
+def things_lost(before: dict[Path, bytes]) -> list[Path]:
+    return [path for path, content in before.items() if not path.is_file() or path.read_bytes() != content]
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "saying"),
+    [
+        ("precompute-ref", "run", "lies here, which is no part of a reference artefact and would be deleted"),
+        ("precompute-ref", "model", "'chat_template.jinja' and 5 more lies here"),
+        ("precompute-ref", "run/dataset", "'data_report.json' and"),
+        ("precompute-ref", "run/dataset/ref", "would lie inside another artefact"),
+        ("precompute-ref", "run/reference/again", "would lie inside another artefact"),
+        ("precompute-ref", "rows.jsonl", "there is a file where the reference artefact is to be"),
+        ("precompute-ref", "notes", "'thesis.tex' lies here"),
+        ("prepare", "run", "no part of a dataset artefact"),
+        ("prepare", "run/reference", "no part of a dataset artefact"),
+        ("prepare", "notes", "'thesis.tex' lies here"),
+    ],
+)
+def test_an_artefact_is_never_put_where_something_else_lies(folder, capsys, command, place, saying):
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.tex").write_text("years of work")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    option = "--reference.artifact" if command == "precompute-ref" else "--data.artifact"
+    assert run(folder, command, option, folder / place, *(["--seed", 9] if command == "prepare" else [])) == 2
+    message = capsys.readouterr().err
+    assert saying in message and str(folder / place) in message and "Traceback" not in message
+    assert not things_lost(before)
+
+
+def test_the_folder_one_is_in_is_no_place_for_an_artefact(folder, capsys, monkeypatch):
+    (folder / "empty").mkdir()
+    monkeypatch.chdir(folder / "empty")
+    for place in (".", ".."):
+        assert run(folder, "precompute-ref", "--reference.artifact", place) == 2
+        assert "a reference artefact needs a folder of its own" in capsys.readouterr().err
