@@ -141,7 +141,6 @@ def measure_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.nda
     the two: the coarser one rounds.
     """
     logps = logps_of(engine, pairs, split, sharding)
-    require_finite(logps, pairs % split.num_examples, split, "before the first step")
     drift = np.abs(logps.cpu().numpy() - reference_logps[pairs])
     lengths = split.pair_lengths[pairs]
     allowed = max(DRIFT_TOLERANCE[dtype] for dtype in dtypes) * np.sqrt(lengths)
@@ -150,7 +149,9 @@ def measure_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.nda
 
 
 def require_no_drift(drift: Drift, reference_dir: Path) -> None:
-    """Raise UserError where the drift is beyond rounding."""
+    """Raise UserError where the drift is beyond rounding, NumericsError where it is no number."""
+    if not np.isfinite(drift.largest):
+        raise NumericsError(f"before the first step: the log-prob of {drift.worst_row} is NaN or Inf")
     if drift.largest > drift.allowed:
         what = f"the policy does not reproduce its own reference log-probs: {drift.largest:.2g} nats at {drift.worst_row}, {drift.allowed:.2g} allowed"
         remedy = f"if libraries or kernels have changed since, delete {reference_dir} and run kto-ds precompute-ref again; if nothing has, doubt this machine"
