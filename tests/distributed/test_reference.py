@@ -133,8 +133,9 @@ def start_ranks(folder: Path, num_ranks: int, placement: str, artefact: Path) ->
     """Start the ranks in a process group of their own, which one signal reaches as a whole."""
     port = free_port()
     command = [sys.executable, "-m", "kto_ds", "precompute-ref", "--config", str(folder / "run.yaml"), "--reference.placement", placement, "--reference.artifact", str(artefact)]
-    ranks = [f"RANK={rank} LOCAL_RANK={rank} {' '.join(command)} &" for rank in range(num_ranks)]
-    script = "\n".join([*ranks, *["wait -n || exit 1"] * num_ranks])
+    ranks = [f"RANK={rank} LOCAL_RANK={rank} {' '.join(command)} & pid{rank}=$!" for rank in range(num_ranks)]
+    # By number: `wait -n` does not know of a rank that ended in the same moment as the one before it.
+    script = "\n".join([*ranks, *(f"wait $pid{rank} || exit 1" for rank in range(num_ranks))])
     variables = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return subprocess.Popen(["bash", "-c", script], env={**environment(), **variables}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
