@@ -4,6 +4,7 @@ Legend: T input tokens, R rows, L padded row length, S sequences (pairs), C comp
 TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -40,20 +41,28 @@ class Batch:
     def num_pairs(self) -> int:
         return len(self.pair_ids)
 
+    def pinned(self) -> "Batch":
+        """Return a copy in page-locked memory, so that `to` has nothing left to do but the copy to the GPU."""
+        return _with_tensors(self, Tensor.pin_memory)
+
     def to(self, device: torch.device) -> "Batch":
-        return _move(self, device)
+        return _with_tensors(self, lambda tensor: to_device(tensor, device))
 
 
-def _move(record, device: torch.device):
-    moved = {}
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device. From memory that is not page-locked the copy would wait until a GPU has done all that was queued before it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def _with_tensors(record, change: Callable[[Tensor], Tensor]):
+    changed = {}
     for field in fields(record):
         value = vars(record)[field.name]
         if isinstance(value, Tensor):
-            # From ordinary memory the copy would wait until the device has done all that was queued before it.
-            moved[field.name] = (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            changed[field.name] = change(value)
         elif isinstance(value, Segments):
-            moved[field.name] = _move(value, device)
-    return replace(record, **moved)
+            changed[field.name] = _with_tensors(value, change)
+    return replace(record, **changed)
 
 
 def make_batch(micro_batch: MicroBatch, split: TokenizedSplit, layout: Layout) -> Batch:
