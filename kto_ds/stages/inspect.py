@@ -20,7 +20,7 @@ from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
-from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out
+from kto_ds.data.packing import Layout, MicroBatch, require_fit, share_out
 from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shard, read_shards
 from kto_ds.data.reference_work import needed_pairs
 from kto_ds.data.split_report import REPORT
@@ -269,10 +269,10 @@ def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examp
 
 def fills_of(pairs: np.ndarray, split: TokenizedSplit, *, layout: Layout, max_tokens: int, num_ranks: int) -> list[Fill]:
     """Return every micro-batch that `pairs` [N] become, rank by rank, fillers included."""
-    units = make_units(
-        pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths, layout=layout, max_tokens=max_tokens
-    )
-    shares = share_out(units, num_ranks=num_ranks, layout=layout, max_tokens=max_tokens)
+    shares = share_out(
+        pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
+        layout=layout, max_tokens=max_tokens, num_ranks=num_ranks,
+    )  # fmt: skip
     return [_fill(rank, number, micro_batch, layout) for rank, share in enumerate(shares) for number, micro_batch in enumerate(share, start=1)]
 
 

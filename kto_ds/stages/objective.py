@@ -15,7 +15,7 @@ from torch import Tensor
 from kto_ds.config import LossConfig
 from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import Layout, MicroBatch, make_units, share_out
+from kto_ds.data.packing import Layout, MicroBatch, share_out
 from kto_ds.errors import NumericsError, UserError
 from kto_ds.losses import ReferencePoint, kto_terms, reference_point
 from kto_ds.model.scoring import score
@@ -40,11 +40,11 @@ class Sharding(NamedTuple):
 
     def share_of(self, pairs: np.ndarray, split: TokenizedSplit) -> list[MicroBatch]:
         """Return this rank's micro-batches of `pairs`; every rank gets the same number, as every forward is a collective."""
-        units = make_units(
+        shares = share_out(
             pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
-            layout=self.layout, max_tokens=self.max_tokens,
+            layout=self.layout, max_tokens=self.max_tokens, num_ranks=self.num_ranks,
         )  # fmt: skip
-        return share_out(units, num_ranks=self.num_ranks, layout=self.layout, max_tokens=self.max_tokens)[self.rank]
+        return shares[self.rank]
 
 
 def train_step(
