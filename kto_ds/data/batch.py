@@ -1,7 +1,7 @@
 """One micro-batch as tensors, in one of three layouts.
 
 Legend: T input tokens, R rows, L padded row length, S sequences (pairs), C completion tokens of all sequences, G attention segments,
-TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T].
+TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T], of a length that `row_length` rounds up to.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
+
+# Packed rows have one of so many lengths between T and 2T tokens: an allocator that sees a new length in every micro-batch finds no freed
+# block that fits. At most 1/64 of a row is filling, half of that on average.
+LENGTHS_PER_DOUBLING = 64
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ Row = tuple[np.ndarray, list[np.ndarray]]
 
 
 def _packed(rows: list[Row]) -> Batch:
-    """One after the other, no padding; a unit's prompt stands once, before all of its completions."""
+    """One after the other; a unit's prompt stands once, before all of its completions. What fills the row up is a segment by itself, and not scored."""
     tokens, positions, predictors, lengths = [], [], [], []
     query_lengths, key_index, key_lengths = [], [], []
     start = 0  # input position of the current unit
@@ -106,7 +110,13 @@ def _packed(rows: list[Row]) -> Batch:
             key_index += [prompt_positions, own]
             at += len(completion)
         start = at
-    shared = sum(key_lengths) > start
+    if filling := row_length(start) - start:
+        tokens.append(np.zeros(filling, dtype=np.int64))
+        positions.append(np.arange(filling))
+        query_lengths.append(filling)
+        key_lengths.append(filling)
+        key_index.append(np.arange(start, start + filling))
+    shared = sum(key_lengths) > sum(query_lengths)
     return Batch(
         input_ids=_tensor(tokens)[None],
         position_ids=_tensor(positions)[None],
@@ -123,6 +133,12 @@ def _packed(rows: list[Row]) -> Batch:
         completion_lengths=torch.tensor(lengths),
         pair_ids=np.arange(len(lengths)),
     )
+
+
+def row_length(tokens: int) -> int:
+    """Return the length, `tokens` or a little more, of a packed row that holds so many tokens; it has few leading bits, and zeros behind them."""
+    step = 1 << max(0, tokens.bit_length() - LENGTHS_PER_DOUBLING.bit_length())
+    return -(-tokens // step) * step
 
 
 def _padded(rows: list[Row]) -> Batch:

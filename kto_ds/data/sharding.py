@@ -9,7 +9,7 @@ import torch
 from kto_ds.data.ahead import ahead
 from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import Layout, MicroBatch, make_units, share_out
+from kto_ds.data.packing import Layout, MicroBatch, share_out
 
 
 class Sharding(NamedTuple):
@@ -21,11 +21,10 @@ class Sharding(NamedTuple):
 
     def shares(self, pairs: np.ndarray, split: TokenizedSplit) -> list[list[MicroBatch]]:
         """Return every rank's micro-batches of `pairs`, all ranks the same number, as every forward is a collective."""
-        units = make_units(
+        return share_out(
             pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
-            layout=self.layout, max_tokens=self.max_tokens,
+            layout=self.layout, max_tokens=self.max_tokens, num_ranks=self.num_ranks,
         )  # fmt: skip
-        return share_out(units, num_ranks=self.num_ranks, layout=self.layout, max_tokens=self.max_tokens)
 
     def batch(self, micro_batch: MicroBatch, split: TokenizedSplit) -> Batch:
         """Lay a micro-batch out on the host, ready to be copied to the device."""
