@@ -9,6 +9,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from kto_ds.config import ModelConfig
 from kto_ds.errors import UserError
 from kto_ds.model.attention import register_attention
+from kto_ds.model.checkpointing import checkpoint_layers
 from kto_ds.model.policy import Policy
 from kto_ds.model.support import DTYPES, weight_files
 
@@ -54,5 +55,5 @@ def load_policy(
     if head is None or getattr(head, "bias", None) is not None:
         raise UserError(f"{config.model_type} has no plain output head", where="model.path")
     if gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(lm, every=model.gradient_checkpointing_every, offload=model.gradient_checkpointing_offload)
     return Policy(lm).train()
