@@ -20,6 +20,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision, best a commit hash")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights in forward and backward; master weights are float32 always")
     attention: Literal["auto", "flash_attention_2", "torch_varlen", "sdpa"] = Field("auto", description="attention kernel of the packed layouts")
+    kernels: Literal["auto", "liger", "torch"] = Field("auto", description="RMSNorm, SwiGLU and rotary embeddings: auto takes Liger's on CUDA where it is installed and the model is of a tested family")
     layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field("auto", description="how sequences lie in a micro-batch")
     gradient_checkpointing: bool = Field(True, description="recompute activations in backward")
     gradient_checkpointing_every: Count = Field(1, description="checkpoint every k-th decoder layer: 1 all of them, 2 half; fewer are faster and take more memory")
