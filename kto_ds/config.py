@@ -20,11 +20,21 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision, best a commit hash")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights in forward and backward; master weights are float32 always")
     attention: Literal["auto", "flash_attention_2", "torch_varlen", "sdpa"] = Field("auto", description="attention kernel of the packed layouts")
+    kernels: Literal["auto", "liger", "torch"] = Field("auto", description="RMSNorm, SwiGLU and rotary embeddings: auto takes Liger's on CUDA where it is installed and the model is of a tested family")
     layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field("auto", description="how sequences lie in a micro-batch")
     gradient_checkpointing: bool = Field(True, description="recompute activations in backward")
+    gradient_checkpointing_every: Count = Field(1, description="checkpoint every k-th decoder layer: 1 all of them, 2 half; fewer are faster and take more memory")
+    gradient_checkpointing_offload: bool = Field(False, description="inputs of checkpointed layers wait for backward in host memory")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only for sources you trust")
     lora: None = Field(None, description="adapters: not available yet, only null")
     router_aux_loss_coef: None = Field(None, description="mixture-of-experts balance: not available yet, only null")
+
+    @field_validator("gradient_checkpointing_every", "gradient_checkpointing_offload")
+    @classmethod
+    def _check_checkpointing(cls, value: int | bool, info: ValidationInfo) -> int | bool:
+        if value != cls.model_fields[info.field_name].default and not info.data.get("gradient_checkpointing", True):
+            raise ValueError("no layer is checkpointed with gradient_checkpointing: false; leave this key out, or set model.gradient_checkpointing: true")
+        return value
 
 
 class ReferenceConfig(Section):

@@ -9,6 +9,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from kto_ds.config import ModelConfig
 from kto_ds.errors import UserError
 from kto_ds.model.attention import register_attention
+from kto_ds.model.checkpointing import checkpoint_layers
+from kto_ds.model.kernels import Kernels, use_liger
 from kto_ds.model.policy import Policy
 from kto_ds.model.support import DTYPES, weight_files
 
@@ -20,6 +22,7 @@ def load_policy(
     layout: str,
     backend: str,
     gradient_checkpointing: bool,
+    kernels: Kernels = "torch",
     partition_for: dict | None = None,
     device: torch.device | None = None,
 ) -> Policy:
@@ -53,6 +56,8 @@ def load_policy(
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise UserError(f"{config.model_type} has no plain output head", where="model.path")
+    if kernels == "liger":
+        use_liger(lm)
     if gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(lm, every=model.gradient_checkpointing_every, offload=model.gradient_checkpointing_offload)
     return Policy(lm).train()

@@ -3,17 +3,23 @@
 Legend: C scored tokens, D hidden size, V vocabulary, B tokens of a chunk.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-# A chunk's logits are float32 [B, V]; this bounds them whatever V is.
-CHUNK_LOGITS_BYTES = 128 << 20
+# What bounds the float32 logits [B, V] of a chunk, whatever V is. On the CPU speed is the same from 16 MiB to 128 (within 5 %, V 32k, D 256 and 1024).
+# On a GPU the weight gradient [V, D] is read and written once a chunk, which by the data sheets takes as long as the products of 200 to 300 tokens: a
+# chunk should have several times as many, for any D. Not measured yet: tools/bench_head.py.
+CPU_CHUNK_BYTES = 64 << 20
+DEVICE_CHUNK_BYTES = 512 << 20
 
 
 class ChunkedLogprobs(torch.autograd.Function):
     """log_softmax(hidden @ weight.T)[targets], chunk by chunk over the tokens, logits computed again in backward.
 
-    Reductions and the weight gradient are float32. The naive version is the oracle in tests/unit/test_logprobs.py.
+    Reductions and the weight gradient are float32. All chunks use one buffer: on the CPU, fresh memory would cost a third of the forward
+    in page faults. The naive version is the oracle in tests/unit/test_logprobs.py.
     """
 
     @staticmethod
@@ -26,11 +32,12 @@ class ChunkedLogprobs(torch.autograd.Function):
     ) -> Tensor:  # [C] float32
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalizers = torch.empty_like(logps)  # [C] logsumexp of each token's logits
-        for start in range(0, len(targets), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            logits = _logits(hidden[chunk], weight)  # [B, V]
-            normalizers[chunk] = torch.logsumexp(logits, dim=-1)
-            logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - normalizers[chunk]
+        for chunk, logits in _chunks(hidden, weight, chunk_size):  # [B, V]
+            own = logits.gather(1, targets[chunk, None]).squeeze(1)
+            largest = logits.amax(dim=-1, keepdim=True)
+            # logsumexp, in place
+            normalizers[chunk] = logits.sub_(largest).exp_().sum(dim=-1).log_().add_(largest.squeeze(1))
+            logps[chunk] = own - normalizers[chunk]
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.chunk_size = chunk_size
         return logps
@@ -41,26 +48,40 @@ class ChunkedLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        for start in range(0, len(targets), ctx.chunk_size):
-            chunk = slice(start, start + ctx.chunk_size)
+        for chunk, logits in _chunks(hidden, weight, ctx.chunk_size):  # [B, V]
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = _logits(hidden[chunk], weight).sub_(normalizers[chunk, None]).exp_().neg_()  # [B, V]
-            grad_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits = grad_logits.mul_(grad_logps[chunk, None]).to(weight.dtype)
+            scale = grad_logps[chunk, None]
+            grad_logits = logits.sub_(normalizers[chunk, None]).exp_().mul_(-scale).scatter_add_(1, targets[chunk, None], scale).to(weight.dtype)
             if wants_hidden:
-                grad_hidden[chunk] = grad_logits @ weight
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if wants_weight:
-                grad_weight += grad_logits.T @ hidden[chunk]
+                _add_product(grad_weight, grad_logits.T, hidden[chunk], ctx.chunk_size)
         return grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [B, D] @ weight.T -> [B, V] in float32: logits rounded to bfloat16 would put noise of 0.03 a token into rewards and z."""
-    if hidden.dtype == torch.float32:
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+def _chunks(hidden: Tensor, weight: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (slice of tokens, their logits [B, V] in float32, to be overwritten), all in one buffer.
+
+    Logits rounded to bfloat16 would put noise of 0.03 a token into rewards and z.
+    """
+    buffer = torch.empty(min(chunk_size, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
+    if not hidden.is_cuda:  # only there do float32 products of other factors exist
+        hidden, weight = hidden.float(), weight.float()
+    widens = {} if hidden.dtype == torch.float32 else {"out_dtype": torch.float32}
+    for start in range(0, len(hidden), chunk_size):
+        part = hidden[start : start + chunk_size]
+        yield slice(start, start + chunk_size), torch.mm(part, weight.T, out=buffer[: len(part)], **widens)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, num_columns: int) -> None:
+    """total [V, D] float32 += left [V, B] @ right [B, D]. What has to lie beside `total` is no larger than the logits of `num_columns` tokens."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+        return
+    # No product of bfloat16 adds to float32 in all versions of torch that are served.
+    num_rows = max(1, num_columns * len(total) // total.shape[1])
+    for part, rows in zip(total.split(num_rows), left.split(num_rows)):
+        part += rows @ right
 
 
 class LogprobHead(nn.Module):
@@ -76,5 +97,6 @@ class LogprobHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the log-prob of every target: hidden [C, D], targets [C] int64 -> [C] float32."""
         assert hidden.dim() == 2 and targets.shape == hidden.shape[:1], f"expected [C, D] and [C], found {tuple(hidden.shape)} and {tuple(targets.shape)}"
-        chunk_size = max(1, CHUNK_LOGITS_BYTES // (4 * self.weight.shape[0]))
+        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
+        chunk_size = max(1, chunk_bytes // (4 * self.weight.shape[0]))
         return ChunkedLogprobs.apply(hidden, self.weight, targets, chunk_size)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from kto_ds.model.logprobs import CHUNK_LOGITS_BYTES
+from kto_ds.model.logprobs import DEVICE_CHUNK_BYTES
 from kto_ds.model.support import DTYPES
 
 GIB = 1 << 30
@@ -38,12 +38,12 @@ def working_bytes(config: PretrainedConfig, max_tokens: int, dtype: str) -> int:
     """Return about what one no-grad forward over `max_tokens` takes besides the weights.
 
     The widest place of a dense decoder: residual, normed input, queries, keys and values with their gathered copies, and the three
-    products of the MLP, of one layer at a time; then a chunk of float32 logits with its exponentials.
+    products of the MLP, of one layer at a time; then a chunk of float32 logits.
     """
     entries = config.get_text_config().to_dict()
     hidden = entries.get("hidden_size") or 0
     inner = entries.get("intermediate_size") or 4 * hidden
-    return max_tokens * (8 * hidden + 3 * inner) * DTYPES[dtype].itemsize + 3 * CHUNK_LOGITS_BYTES
+    return max_tokens * (8 * hidden + 3 * inner) * DTYPES[dtype].itemsize + DEVICE_CHUNK_BYTES
 
 
 def choose_placement(requested: str, *, weights: int, working: int, free: int, num_ranks: int, offloads: bool) -> Placement:

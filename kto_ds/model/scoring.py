@@ -13,6 +13,7 @@ from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.model.attention import choose_backend
+from kto_ds.model.kernels import Kernels, choose_kernels
 from kto_ds.model.policy import sum_by_pair
 from kto_ds.model.support import DTYPES, choose_layout
 
@@ -29,11 +30,18 @@ class Serving(NamedTuple):
     layout: Layout
     backend: str
     notice: str
+    kernels: Kernels = "torch"
+
+    @property
+    def way(self) -> str:
+        """All of it but the notice, for a line on the console."""
+        return f"{self.layout}, {self.backend}, {self.kernels} kernels"
 
 
 def choose_serving(model: ModelConfig, config: PretrainedConfig, device: torch.device) -> Serving:
     layout, notice = choose_layout(config, model.layout)
-    return Serving(layout, choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype]), notice)
+    backend = choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype])
+    return Serving(layout, backend, notice, choose_kernels(model.kernels, config, device))
 
 
 def score(

@@ -83,7 +83,7 @@ def main(config: RunConfig) -> None:
                 _say_what_will_be_done(work, model.path, serving, placement)
             scorer = load_scorer(config, model, model_config, serving, placement, world)
             _score_all(work, splits, Way(scorer, serving.layout, placement, config.reference.per_token, world))
-        manifest = {"kind": "reference", "identity": identity, "origin": origin, "layout": serving.layout, "attention": serving.backend,
+        manifest = {"kind": "reference", "identity": identity, "origin": origin, "layout": serving.layout, "attention": serving.backend, "kernels": serving.kernels,
                     "per_token": config.reference.per_token, "pairs": len(wanted.keys), "libraries": library_versions()}  # fmt: skip
         on_main_rank(lambda: _finish(config, work, wanted, manifest))
     barrier()
@@ -111,6 +111,7 @@ def _open_work(config: RunConfig, splits: dict[str, TokenizedSplit], wanted: Wan
         "pairs": digest_of(wanted.keys.tobytes(), wanted.split_of.tobytes(), wanted.pairs.tobytes()),
         "layout": serving.layout,
         "attention": serving.backend,
+        "kernels": serving.kernels,
         "max_tokens_per_microbatch": config.reference.max_tokens_per_microbatch,
         "per_token": config.reference.per_token,
         "libraries": library_versions(),
@@ -184,7 +185,7 @@ def _known_rows(config: RunConfig, folder: Path, state: dict, attempt: object) -
 
 def _say_what_will_be_done(work: Work, path: str, serving: Serving, placement: Placement) -> None:
     tasks = [task for number in work.todo for task in work.shards[number]]
-    print(f"scoring {sum(task.num_pairs for task in tasks):,} pairs in {len(tasks):,} micro-batches with {path} ({serving.layout}, {serving.backend})", flush=True)
+    print(f"scoring {sum(task.num_pairs for task in tasks):,} pairs in {len(tasks):,} micro-batches with {path} ({serving.way})", flush=True)
     print(f"placement: {placement.kind}, {placement.why}", flush=True)
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)

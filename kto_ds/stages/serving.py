@@ -43,7 +43,7 @@ def load_scorer(
 ) -> Callable[..., Tensor]:
     """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
     require_same_weights(model)
-    load = partial(load_policy, model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=False)
+    load = partial(load_policy, model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, gradient_checkpointing=False)
     if placement.kind == "replica":
         return load(device=world.device).eval()
     shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype)

@@ -148,8 +148,8 @@ def _open_inputs(config: RunConfig) -> Inputs:
 def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> tuple[Engine, ModelShape]:
     require_same_weights(config.model)
     policy = load_policy(
-        config.model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=config.model.gradient_checkpointing,
-        partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
+        config.model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels,
+        gradient_checkpointing=config.model.gradient_checkpointing, partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
     )  # fmt: skip
     shape = model_shape(policy, model_config)
     return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps), shape
@@ -205,7 +205,7 @@ def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Eng
     plan, train = inputs.plan, inputs.splits["train"]
     begin = "nothing left to do" if done == plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
     print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
-          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.layout}, {serving.backend}", flush=True)  # fmt: skip
+          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)
     if inputs.loss != config.loss:

@@ -32,8 +32,13 @@ def rows() -> list[dict]:
     return [conversation(prompts[prompt], draw(37 + 3 * number if label else 1 + number % 7), label) for number, (prompt, label) in enumerate(kinds)]
 
 
-# Beside the grid: a tied head, whose weight is embedding too, and a clipped step; one rank without ZeRO against two with stage 3.
-EXTRAS = {"tied": ["--model.path", "tied"], "clipped": ["--optim.max_grad_norm", "0.1"]}
+# Beside the grid: a tied head, whose weight is embedding too, a clipped step, and every second layer checkpointed, its input on the host, against
+# none; one rank without ZeRO against two with stage 3.
+EXTRAS = {
+    "tied": {1: ["--model.path", "tied"], 2: ["--model.path", "tied"]},
+    "clipped": {1: ["--optim.max_grad_norm", "0.1"], 2: ["--optim.max_grad_norm", "0.1"]},
+    "checkpointed": {1: ["--model.gradient_checkpointing", "false"], 2: ["--model.gradient_checkpointing_every", "2", "--model.gradient_checkpointing_offload", "true"]},
+}
 
 
 def name_of(*parts) -> str:
@@ -75,10 +80,10 @@ def runs(tmp_path_factory) -> Path:
             for stage, budget, layout in itertools.product(STAGES, BUDGETS, LAYOUTS)
         ]  # fmt: skip
         stage = 0 if num_ranks == 1 else 3
-        for extra, (option, value) in EXTRAS.items():
-            value = str(folder / value) if extra == "tied" else value
+        for extra, options in EXTRAS.items():
+            options = [str(folder / option) if option == "tied" else option for option in options[num_ranks]]
             run = ["--output_dir", folder / name_of(extra, num_ranks), "--deepspeed.config", write_zero(folder, stage), "--batch.max_tokens_per_microbatch", 96]
-            commands.append(["train", *config, *run, option, value])
+            commands.append(["train", *config, *run, *options])
         run_commands(folder, commands, num_ranks=num_ranks)
     return folder
 
@@ -121,6 +126,10 @@ def test_a_tied_head_under_zero3_gets_the_gradient_of_both_its_uses(runs):
     gradients = require_equal_gradients(runs / "tied", runs / "tied-1", runs / "tied-2")
     assert "lm_head.weight" not in gradients and "model.embed_tokens.weight" in gradients
     assert (runs / "tied-2" / "metrics.jsonl").exists()
+
+
+def test_checkpointing_some_layers_with_inputs_on_the_host_changes_nothing_under_zero3(runs):
+    require_equal_gradients(runs / "model", runs / "checkpointed-1", runs / "checkpointed-2")
 
 
 def test_clipping_is_the_same_at_every_stage_and_the_norm_is_from_before_it(runs):

@@ -14,6 +14,7 @@ from kto_ds.data.batch import make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import make_units, pack
 from kto_ds.model.attention import register_attention
+from kto_ds.model.checkpointing import checkpoint_layers
 from kto_ds.model.load import load_policy
 from kto_ds.model.policy import Policy
 from kto_ds.model.support import read_model_config
@@ -52,7 +53,7 @@ def build(config: PretrainedConfig, layout: str, *, checkpointing: bool = False)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     plain.load_state_dict(lm.state_dict())
     if checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(lm, every=1, offload=False)
     return Policy(lm).train(), plain.double()
 
 
