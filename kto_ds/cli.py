@@ -38,7 +38,8 @@ OWN_OPTIONS = {
         "num_rows": (5, "examples of each label that are shown"),
         "step": (1, "optimizer step whose micro-batches are shown"),
         "num_ranks": (1, "ranks that the step is shared out to"),
-    }
+    },
+    "train": {"profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile")},
 }
 
 
@@ -167,7 +168,8 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
     parser.add_argument("--config", type=Path, required=True, metavar="RUN.yaml", help="the run; options below override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        parser.add_argument(f"--{name}", **kind, help=f"{text} (default: {default})")
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)

@@ -51,11 +51,19 @@ class LossConfig(Section):
     beta: Positive = Field(0.1, description="strength of the pull to the reference (arXiv 2402.01306)")
     desirable_weight: Weight = Field(1.0, description="lambda_D, weight of desirable examples; auto: as recommended for the labels of the training split")
     undesirable_weight: Weight = Field(1.0, description="lambda_U, weight of undesirable examples; auto: likewise")
+    kl_fraction: Annotated[Positive, Field(le=1)] = Field(1.0, description="share of a step's KL groups that the reference point z is estimated from; less is faster and z noisier")
 
 
 class BatchConfig(Section):
     global_batch_size: Annotated[Count, Field(ge=2)] = Field(32, description="examples in one optimizer step, over all ranks")
     max_tokens_per_microbatch: Count = Field(8192, description="token budget of one forward and backward on one rank")
+    max_tokens_per_scoring_microbatch: Count | None = Field(
+        None, description="token budget of one forward without gradients on one rank, for mismatched pairs and evaluation; default twice max_tokens_per_microbatch"
+    )
+
+    @property
+    def scoring_tokens(self) -> int:
+        return self.max_tokens_per_scoring_microbatch or 2 * self.max_tokens_per_microbatch
 
 
 class OptimConfig(Section):

@@ -44,9 +44,16 @@ class ReferencePoint(NamedTuple):
     stderr: Tensor  # [] standard error of that mean
 
 
-def reference_point(logratios: Tensor) -> ReferencePoint:
-    """Return z of a whole step from the log-ratios [K] of all its mismatched pairs, on all ranks; clamped after the mean (paper, section 4.1)."""
+def reference_point(logratios: Tensor, weights: Tensor | None = None) -> ReferencePoint:
+    """Return z of a whole step from the log-ratios [K] of its mismatched pairs, on all ranks; clamped after the mean (paper, section 4.1).
+
+    `weights` [K] float64 add up to 1; without them all pairs count alike. The error is that of pairs drawn one by one.
+    """
     values = logratios.detach().double()
-    mean = values.mean()
-    stderr = values.std(correction=1) / len(values) ** 0.5 if len(values) > 1 else torch.zeros_like(mean)
+    if weights is None:
+        weights = torch.full_like(values, 1 / len(values))
+    mean = (weights * values).sum()
+    effective = 1 / weights.square().sum()  # pairs; len(values) if they count alike
+    variance = (weights * (values - mean).square()).sum()
+    stderr = torch.where(effective > 1, (variance / (effective - 1)).sqrt(), 0.0)
     return ReferencePoint(kl=mean.clamp(min=0).float(), raw=mean.float(), stderr=stderr.float())

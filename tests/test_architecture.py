@@ -40,6 +40,8 @@ ALLOWED = {
 # Between rooms of one level, module by module: types that are handed over, and the one loop that makes batches to score them.
 HAND_OVERS = {
     ("model.attention", "data.batch"),  # Segments
+    ("model.flops", "data.dataset"),  # TokenizedSplit
+    ("model.flops", "data.packing"),  # Unit
     ("model.policy", "data.batch"),  # Batch
     ("model.scoring", "data.batch"),  # Batch, make_batch
     ("model.scoring", "data.dataset"),  # TokenizedSplit
@@ -48,7 +50,7 @@ HAND_OVERS = {
     ("runtime.engine", "model.policy"),  # Policy
 }
 # A stage is one sub-command; these files hold what several of them share.
-SHARED_BY_STAGES = {"stages.identity", "stages.inputs", "stages.objective", "stages.serving"}
+SHARED_BY_STAGES = {"stages.identity", "stages.inputs", "stages.objective", "stages.serving", "stages.step_work"}
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import make_units, share_out
+from kto_ds.data.packing import share_out
 from kto_ds.rows.records import to_records
 from kto_ds.rows.sources import read_blocks
 
@@ -195,10 +195,10 @@ def measure_plan(folder: Path) -> dict:
     planned = time.perf_counter()
     examples = plan.examples_of(1)
     for pairs in (examples, split.mismatched_pairs(examples)):
-        units = make_units(
-            pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths, layout="prefix_shared", max_tokens=8192
-        )
-        share_out(units, num_ranks=8, layout="prefix_shared", max_tokens=8192)
+        share_out(
+            pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
+            layout="prefix_shared", max_tokens=8192, num_ranks=8,
+        )  # fmt: skip
     done = time.perf_counter()
     mapped = sum(file.stat().st_size for file in folder.iterdir())
     held = sum(array.nbytes for array in (split.pair_prompts, split.pair_lengths, split.prompt_lengths, plan.examples, plan.step_offsets))

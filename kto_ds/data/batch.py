@@ -1,9 +1,10 @@
 """One micro-batch as tensors, in one of three layouts.
 
 Legend: T input tokens, R rows, L padded row length, S sequences (pairs), C completion tokens of all sequences, G attention segments,
-TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T].
+TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T], of a length that `row_length` rounds up to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
+
+# Packed rows have one of so many lengths between T and 2T tokens: an allocator that sees a new length in every micro-batch finds no freed
+# block that fits. At most 1/64 of a row is filling, half of that on average.
+LENGTHS_PER_DOUBLING = 64
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,28 @@ class Batch:
     def num_pairs(self) -> int:
         return len(self.pair_ids)
 
+    def pinned(self) -> "Batch":
+        """Return a copy in page-locked memory, so that `to` has nothing left to do but the copy to the GPU."""
+        return _with_tensors(self, Tensor.pin_memory)
+
     def to(self, device: torch.device) -> "Batch":
-        return _move(self, device)
+        return _with_tensors(self, lambda tensor: to_device(tensor, device))
 
 
-def _move(record, device: torch.device):
-    moved = {}
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device. From memory that is not page-locked the copy would wait until a GPU has done all that was queued before it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def _with_tensors(record, change: Callable[[Tensor], Tensor]):
+    changed = {}
     for field in fields(record):
         value = vars(record)[field.name]
         if isinstance(value, Tensor):
-            # From ordinary memory the copy would wait until the device has done all that was queued before it.
-            moved[field.name] = (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            changed[field.name] = change(value)
         elif isinstance(value, Segments):
-            moved[field.name] = _move(value, device)
-    return replace(record, **moved)
+            changed[field.name] = _with_tensors(value, change)
+    return replace(record, **changed)
 
 
 def make_batch(micro_batch: MicroBatch, split: TokenizedSplit, layout: Layout) -> Batch:
@@ -72,7 +85,7 @@ Row = tuple[np.ndarray, list[np.ndarray]]
 
 
 def _packed(rows: list[Row]) -> Batch:
-    """One after the other, no padding; a unit's prompt stands once, before all of its completions."""
+    """One after the other; a unit's prompt stands once, before all of its completions. What fills the row up is a segment by itself, and not scored."""
     tokens, positions, predictors, lengths = [], [], [], []
     query_lengths, key_index, key_lengths = [], [], []
     start = 0  # input position of the current unit
@@ -97,7 +110,13 @@ def _packed(rows: list[Row]) -> Batch:
             key_index += [prompt_positions, own]
             at += len(completion)
         start = at
-    shared = sum(key_lengths) > start
+    if filling := row_length(start) - start:
+        tokens.append(np.zeros(filling, dtype=np.int64))
+        positions.append(np.arange(filling))
+        query_lengths.append(filling)
+        key_lengths.append(filling)
+        key_index.append(np.arange(start, start + filling))
+    shared = sum(key_lengths) > sum(query_lengths)
     return Batch(
         input_ids=_tensor(tokens)[None],
         position_ids=_tensor(positions)[None],
@@ -114,6 +133,12 @@ def _packed(rows: list[Row]) -> Batch:
         completion_lengths=torch.tensor(lengths),
         pair_ids=np.arange(len(lengths)),
     )
+
+
+def row_length(tokens: int) -> int:
+    """Return the length, `tokens` or a little more, of a packed row that holds so many tokens; it has few leading bits, and zeros behind them."""
+    step = 1 << max(0, tokens.bit_length() - LENGTHS_PER_DOUBLING.bit_length())
+    return -(-tokens // step) * step
 
 
 def _padded(rows: list[Row]) -> Batch:

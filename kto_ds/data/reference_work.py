@@ -14,6 +14,8 @@ from kto_ds.data.packing import Layout, MicroBatch, make_units, pack, require_fi
 
 # A kill costs what was scored since the last commit: less than two minutes for a 30B model, which scores some 8,000 tokens a second.
 SHARD_COST = 1 << 20
+# To be raised whenever equal work comes to be cut into other shards: those of an attempt begun before are then known by their keys, not by their numbers.
+PLAN_RULES = 2
 MIN_SHARDS = 256  # where there are as many micro-batches: a few shards alone could not keep many ranks busy
 
 

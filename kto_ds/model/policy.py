@@ -6,6 +6,7 @@ Legend: R rows, L row length, T = R * L, C completion tokens, S sequences (pairs
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kto_ds.data.batch import Batch
 from kto_ds.model.logprobs import LogprobHead
@@ -21,6 +22,11 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight))
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers in their order; none in a model that came with code of its own and does not mark them as transformers does."""
+        return [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def forward(self, batch: Batch, per_token: bool = False) -> Tensor:
         """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C]."""

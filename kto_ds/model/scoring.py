@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kto_ds.config import ModelConfig
-from kto_ds.data.batch import make_batch
+from kto_ds.data.batch import Batch, make_batch
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.model.attention import choose_backend
@@ -36,7 +36,6 @@ def choose_serving(model: ModelConfig, config: PretrainedConfig, device: torch.d
     return Serving(layout, choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype]), notice)
 
 
-@torch.no_grad()
 def score(
     forward: Callable[..., Tensor],  # that of Policy
     micro_batch: MicroBatch,
@@ -47,7 +46,12 @@ def score(
     per_token: bool = False,
 ) -> ScoredPairs:
     """Return the log-probs of a micro-batch; those of a filler are none, after running its forward. Nothing here waits for the device."""
-    batch = make_batch(micro_batch, split, layout).to(device)
+    return score_batch(forward, make_batch(micro_batch, split, layout).to(device), per_token=per_token)
+
+
+@torch.no_grad()
+def score_batch(forward: Callable[..., Tensor], batch: Batch, *, per_token: bool = False) -> ScoredPairs:
+    """Return the log-probs of a micro-batch that lies on the model's device."""
     if not per_token:
         return ScoredPairs(batch.pair_ids, forward(batch))
     token_logps = forward(batch, per_token=True)

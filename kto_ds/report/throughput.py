@@ -3,14 +3,17 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 GIB = 1024**3
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage(2) counts in KiB on Linux, in bytes on macOS
+# What a run spends its time on: mismatched pairs, matched pairs with their backward, the optimizer, and the host alone (waiting for the next
+# batches, writing log lines). Evaluation and saving are nobody's.
+PHASES = ("kl", "policy", "update", "host")
+PAUSED = "paused"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -20,39 +23,100 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES / GIB
 
 
+class Clock(NamedTuple):
+    """Moments and the seconds between them."""
+
+    now: Callable[[], Any]
+    seconds_between: Callable[[Any, Any], float]
+
+
+HOST_CLOCK = Clock(time.perf_counter, lambda begin, end: end - begin)
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Return the clock of what runs on the device. CUDA works behind Python's back, so moments are events in its stream; reading one waits for it."""
+    if device.type != "cuda":
+        return HOST_CLOCK
+
+    def now() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    return Clock(now, seconds_between)
+
+
+class Work(NamedTuple):
+    """What steps took in, over all ranks."""
+
+    tokens: int  # of matched pairs, prompts and completions
+    model_flops: float  # that the steps need
+    hardware_flops: float  # with what is computed again in backward
+
+
 class Lap(NamedTuple):
-    seconds: float
-    tokens: int
+    seconds_of: dict[str, float]  # by phase
+    work: Work
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+    def seconds(self) -> float:
+        return sum(self.seconds_of.values())
+
+    def per_second(self, amount: float) -> float:
+        return amount / self.seconds if self.seconds > 0 else 0.0
 
 
 class StepTimer:
-    """Time and tokens since the last lap. CUDA works behind Python's back: end a lap after something that waits for the device."""
+    """Time and work since the last lap. Every moment belongs to the phase begun last."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, clock: Clock):
         self._clock = clock
-        self._started = clock()
-        self._paused_seconds = 0.0
-        self._tokens = 0
+        self._marks = [("host", clock.now())]  # (phase, when it began)
+        self._work = Work(0, 0.0, 0.0)
 
-    def add_tokens(self, count: int) -> None:
-        self._tokens += count
+    def begin(self, phase: str) -> None:
+        self._marks.append((phase, self._clock.now()))
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is not training: evaluation, saving."""
-        since = self._clock()
-        try:
-            yield
-        finally:
-            self._paused_seconds += self._clock() - since
+    def add(self, work: Work) -> None:
+        self._work = Work(*(sum(amounts) for amounts in zip(self._work, work)))
 
     def lap(self) -> Lap:
-        """Return seconds and tokens since the last lap, and begin the next."""
-        now = self._clock()
-        lap = Lap(seconds=now - self._started - self._paused_seconds, tokens=self._tokens)
-        self._started, self._paused_seconds, self._tokens = now, 0.0, 0
+        """Return seconds and work since the last lap, and begin the next in the phase that goes on."""
+        self._marks.append((self._marks[-1][0], self._clock.now()))
+        seconds_of = dict.fromkeys(PHASES, 0.0)
+        for (phase, begin), (_, end) in zip(self._marks, self._marks[1:]):
+            if phase != PAUSED:
+                seconds_of[phase] += self._clock.seconds_between(begin, end)
+        lap = Lap(seconds_of, self._work)
+        self._marks, self._work = self._marks[-1:], Work(0, 0.0, 0.0)
         return lap
+
+
+def speed_metrics(lap: Lap, *, num_steps: int, num_ranks: int, peak_flops: float | None) -> dict[str, float]:
+    """Return what metrics.jsonl says about a lap of `num_steps` steps. MFU and HFU only where the device's rate is known."""
+    metrics = {"tokens_per_second": lap.per_second(lap.work.tokens), "seconds": lap.seconds / num_steps}
+    metrics |= {f"seconds/{phase}": seconds / num_steps for phase, seconds in lap.seconds_of.items()}
+    metrics["tflops"] = lap.per_second(lap.work.model_flops) / num_ranks / 1e12
+    if peak_flops:
+        metrics["mfu"] = lap.per_second(lap.work.model_flops) / num_ranks / peak_flops
+        metrics["hfu"] = lap.per_second(lap.work.hardware_flops) / num_ranks / peak_flops
+    return metrics
+
+
+def sum_of_laps(laps: list[Lap]) -> Lap:
+    work = Work(*(sum(amounts) for amounts in zip(*(lap.work for lap in laps))))
+    return Lap({phase: sum(lap.seconds_of[phase] for lap in laps) for phase in PHASES}, work)
+
+
+def summary(lap: Lap, peaks_gib: list[float], *, peak_flops: float | None) -> str:
+    """Return the lines that end a run: speed, memory at its peak on every rank, and where the time went."""
+    speed = speed_metrics(lap, num_steps=1, num_ranks=len(peaks_gib), peak_flops=peak_flops)
+    shares = ", ".join(f"{phase} {lap.seconds_of[phase] / lap.seconds:.0%}" for phase in PHASES)
+    lowest, highest = min(peaks_gib), max(peaks_gib)
+    used = f", MFU {speed['mfu']:.1%}, HFU {speed['hfu']:.1%}" if peak_flops else ""
+    memory = f"{highest:.2f} GiB at the peak" if len(peaks_gib) == 1 else f"{lowest:.2f} to {highest:.2f} GiB at the peak on each rank"
+    return f"{lap.work.tokens:,} tokens in {lap.seconds:,.1f} s: {speed['tokens_per_second']:,.0f} tokens/s, {speed['tflops']:.3g} TFLOP/s a rank{used}; {memory}; {shares}"

@@ -30,6 +30,7 @@ OWNED_KEYS = {
     "scheduler": "optim.lr_scheduler_type",
     "steps_per_print": "report.logging_steps",
 }
+DEEPSPEED_LIVE_NUMEL = 1_000_000_000  # DeepSpeed's own default
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -87,6 +88,17 @@ def reading_config(raw: dict, *, dtype: str) -> dict:
         "zero_optimization": {key: value for key, value in section.items() if key != "offload_optimizer"},
     }
     return {**completed, "bf16": {"enabled": True}} if dtype == "bfloat16" else completed
+
+
+def gather_by_layer(completed: dict, *, layer_numel: int) -> dict:
+    """Return a stage 3 config that prefetches one decoder layer ahead and holds two, unless the file says otherwise. `layer_numel`: elements of a layer.
+
+    The layers are leaf modules, gathered by one collective each. A smaller prefetch would gather a layer in two parts; a shorter reuse distance
+    would gather it twice between the recomputation and its backward. docs/benchmarks/zero3.md has what was measured.
+    """
+    two_layers = max(DEEPSPEED_LIVE_NUMEL, 2 * layer_numel)
+    derived = {"stage3_prefetch_bucket_size": layer_numel, "stage3_max_live_parameters": two_layers, "stage3_max_reuse_distance": two_layers}
+    return {**completed, "zero_optimization": {**derived, **completed["zero_optimization"]}}
 
 
 def offloads_parameters(raw: dict) -> bool:

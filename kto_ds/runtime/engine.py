@@ -13,7 +13,7 @@ from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
 from kto_ds.errors import NumericsError
 from kto_ds.model.policy import Policy
-from kto_ds.runtime.deepspeed_config import zero_stage
+from kto_ds.runtime.deepspeed_config import gather_by_layer, zero_stage
 
 
 class Engine:
@@ -24,7 +24,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[parameter for parameter in policy.parameters() if parameter.requires_grad],
-            config=deepspeed_config,
+            config=_prepared(policy, deepspeed_config),
             lr_scheduler=_scheduler(optim, num_steps),
         )
         self.device = self.deepspeed.device
@@ -71,9 +71,20 @@ class Engine:
 
 def shard_for_reading(policy: Policy, deepspeed_config: dict) -> Callable[..., Tensor]:
     """Return a policy that ZeRO-3 has partitioned, as something that scores batches without gradients. Every rank must call it equally often."""
-    engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config)
+    engine, *_ = deepspeed.initialize(model=policy, config=_prepared(policy, deepspeed_config))
     engine.eval()
     return engine
+
+
+def _prepared(policy: Policy, deepspeed_config: dict) -> dict:
+    """Return the config with the sizes of this model in it; under ZeRO-3 a decoder layer becomes the unit that is gathered, prefetched and released."""
+    layers = policy.decoder_layers
+    if zero_stage(deepspeed_config) != 3 or not layers:
+        return deepspeed_config
+    deepspeed.utils.set_z3_leaf_modules(policy, list({type(layer) for layer in layers}))
+    # A partitioned parameter has no elements of its own; DeepSpeed notes how many there are.
+    sizes = [sum(vars(parameter).get("ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers]
+    return gather_by_layer(deepspeed_config, layer_numel=max(sizes))
 
 
 def _scheduler(optim: OptimConfig, num_steps: int) -> Callable:

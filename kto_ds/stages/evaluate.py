@@ -5,13 +5,14 @@ import json
 from kto_ds.artifacts import write_atomically
 from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
+from kto_ds.data.sharding import Sharding
 from kto_ds.errors import UserError
 from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.runtime.collectives import barrier, on_main_rank, start
 from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
-from kto_ds.stages.objective import Sharding, evaluate_split
+from kto_ds.stages.objective import evaluate_split
 from kto_ds.stages.serving import load_scorer, place
 
 EXPORT_FIRST = "run kto-ds export --config RUN.yaml, or set eval.path"

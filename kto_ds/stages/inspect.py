@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +21,10 @@ from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
-from kto_ds.data.packing import Layout, MicroBatch, make_units, require_fit, share_out
+from kto_ds.data.packing import Layout, MicroBatch, require_fit
 from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shard, read_shards
 from kto_ds.data.reference_work import needed_pairs
+from kto_ds.data.sharding import Sharding
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import choose_layout, read_model_config
@@ -248,8 +250,12 @@ def cut_of(split: TokenizedSplit, example: int, eos_id: int | None, data: DataCo
 
 
 def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examples: np.ndarray, *, layout: Layout, num_ranks: int) -> None:
-    max_tokens = config.batch.max_tokens_per_microbatch
-    for title, pairs in (("policy pass, matched pairs", examples), ("KL pass, mismatched pairs", split.mismatched_pairs(examples))):
+    batch = config.batch
+    passes = (
+        ("policy pass, matched pairs", examples, batch.max_tokens_per_microbatch),
+        ("KL pass, mismatched pairs", split.mismatched_pairs(examples), batch.scoring_tokens),
+    )
+    for title, pairs, max_tokens in passes:
         if pairs is not examples and config.loss.loss_type != "kto":
             console.print(Text(f"\nno KL pass: {config.loss.loss_type} holds the reference point at 0"))
             continue
@@ -262,17 +268,14 @@ def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examp
         if saved := alone - sum(fill.tokens for fill in fills):
             console.print(Text(f"shared prompts save {saved:,} of {alone:,} tokens ({saved / alone:.0%})"))
     try:
-        require_fit(split.longest_pair_tokens, max_tokens, "batch.max_tokens_per_microbatch")
+        require_fit(split.longest_pair_tokens, batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
     except UserError as error:
         console.print(Text(f"\nnotice: train will refuse this split. {error}"), soft_wrap=True)
 
 
 def fills_of(pairs: np.ndarray, split: TokenizedSplit, *, layout: Layout, max_tokens: int, num_ranks: int) -> list[Fill]:
     """Return every micro-batch that `pairs` [N] become, rank by rank, fillers included."""
-    units = make_units(
-        pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths, layout=layout, max_tokens=max_tokens
-    )
-    shares = share_out(units, num_ranks=num_ranks, layout=layout, max_tokens=max_tokens)
+    shares = Sharding(layout, max_tokens, 0, num_ranks, torch.device("cpu")).shares(pairs, split)
     return [_fill(rank, number, micro_batch, layout) for rank, share in enumerate(shares) for number, micro_batch in enumerate(share, start=1)]
 
 

@@ -1,10 +1,11 @@
 """The objective on the ranks: one step of training, and the same without an update for evaluation.
 
-Legend: E examples of the step, over all ranks; S sequences of a micro-batch; N pairs. Example ids and pair ids come in ascending order.
+Legend: E examples of the step, over all ranks; M mismatched pairs that it scores; S sequences of a micro-batch; N pairs. Example ids and pair ids
+come in ascending order.
 A log-prob is computed by one rank and is zero on the others, so that sums over ranks are exact, and every rank ends with the same values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 
 from kto_ds.config import LossConfig
-from kto_ds.data.batch import Batch, make_batch
+from kto_ds.data.batch import Batch, to_device
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import Layout, MicroBatch, make_units, share_out
+from kto_ds.data.sharding import Sharding
 from kto_ds.errors import NumericsError, UserError
 from kto_ds.losses import ReferencePoint, kto_terms, reference_point
-from kto_ds.model.scoring import score
+from kto_ds.model.scoring import score_batch
 from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
+from kto_ds.report.throughput import StepTimer
 from kto_ds.runtime.collectives import sum_across_ranks
 from kto_ds.runtime.engine import Engine
+from kto_ds.stages.step_work import StepWork
 
 # apo_zero_unpaired compares with the reference itself.
 NO_REFERENCE_POINT = ReferencePoint(kl=torch.zeros(()), raw=torch.zeros(()), stderr=torch.zeros(()))
@@ -29,70 +32,58 @@ NO_REFERENCE_POINT = ReferencePoint(kl=torch.zeros(()), raw=torch.zeros(()), std
 DRIFT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.3}
 
 
-class Sharding(NamedTuple):
-    """How pairs become this rank's micro-batches."""
-
-    layout: Layout
-    max_tokens: int
-    rank: int
-    num_ranks: int
-    device: torch.device
-
-    def share_of(self, pairs: np.ndarray, split: TokenizedSplit) -> list[MicroBatch]:
-        """Return this rank's micro-batches of `pairs`; every rank gets the same number, as every forward is a collective."""
-        units = make_units(
-            pairs, pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
-            layout=self.layout, max_tokens=self.max_tokens,
-        )  # fmt: skip
-        return share_out(units, num_ranks=self.num_ranks, layout=self.layout, max_tokens=self.max_tokens)[self.rank]
-
-
 def train_step(
     engine: Engine,
+    work: StepWork,
     split: TokenizedSplit,
     reference_logps: np.ndarray,  # [2E of the split], by pair id
-    examples: np.ndarray,  # [E] example ids of the step, ascending
     *,
-    when: str,
     loss: LossConfig,
-    sharding: Sharding,
+    num_ranks: int,
+    timer: StepTimer,
 ) -> tuple[StepResult, float]:
     """Take one optimizer step and return (its result over all ranks, gradient norm before clipping).
 
-    Phase A estimates the reference point from all mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
+    Phase A estimates the reference point from mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
     loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
     """
-    mismatched = split.mismatched_pairs(examples)
-    desirable = torch.from_numpy(split.desirable[examples]).to(engine.device)  # [E]
-    matched_references, mismatched_references = (torch.from_numpy(reference_logps[pairs]).to(engine.device) for pairs in (examples, mismatched))  # [E]
+    examples, device, when = work.examples, engine.device, f"step {work.step}"
+    desirable = to_device(torch.from_numpy(split.desirable[examples]), device)  # [E]
+    references = to_device(torch.from_numpy(reference_logps[examples]), device)  # [E]
 
-    point = NO_REFERENCE_POINT
-    if loss.loss_type == "kto":
-        mismatched_logps = logps_of(engine, mismatched, split, sharding)
-        point = reference_point(mismatched_logps - mismatched_references)
-    kl = point.kl.to(engine.device)
+    timer.begin("kl")
+    point, mismatched_logps = NO_REFERENCE_POINT, None
+    if work.kl is not None:
+        mismatched = split.mismatched_pairs(work.kl_examples)  # [M]
+        mismatched_logps = logps_of(engine, work.kl_batches, mismatched, device)
+        mismatched_references = to_device(torch.from_numpy(reference_logps[mismatched]), device)
+        point = reference_point(mismatched_logps - mismatched_references, to_device(torch.from_numpy(work.kl.weights), device))
+    kl = point.kl.to(device)
 
-    logps = torch.zeros_like(matched_references)  # [E]
-    micro_batches = sharding.share_of(examples, split)
-    for number, micro_batch in enumerate(micro_batches, start=1):
-        batch = make_batch(micro_batch, split, sharding.layout).to(engine.device)
-        places = _places(batch.pair_ids, examples, engine.device)
+    timer.begin("policy")
+    logps = torch.zeros_like(references)  # [E]
+    for number, batch in enumerate(work.policy_batches, start=1):
+        batch = batch.to(device)
+        places = _places(batch.pair_ids, examples, device)
         sequence_logps = engine(batch)  # [S]
-        terms = kto_terms(logratios=sequence_logps - matched_references[places], desirable=desirable[places], kl=kl, **_constants(loss))
+        terms = kto_terms(logratios=sequence_logps - references[places], desirable=desirable[places], kl=kl, **_constants(loss))
         # DeepSpeed averages gradients over the ranks; the loss is a mean over the step's examples.
-        engine.backward(terms.losses.sum() * (sharding.num_ranks / len(examples)), is_last=number == len(micro_batches))
+        engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
     logps = sum_across_ranks(logps)
 
-    if loss.loss_type == "kto":
-        require_finite(mismatched_logps, examples, split, f"{when}, mismatched pairs")
+    # The first time that the host waits for the device in this step.
+    if mismatched_logps is not None:
+        require_finite(mismatched_logps, work.kl_examples, split, f"{when}, mismatched pairs")
     require_finite(logps, examples, split, when)
-    result = _result(logps, matched_references, desirable, point, loss)
+    timer.begin("update")
     try:
-        return result, engine.step()
+        grad_norm = engine.step()
     except NumericsError as error:
         rows = ", ".join(split.row_name(example) for example in examples[:5].tolist())
         raise NumericsError(f"{when}: {error}; rows: {rows} and others of the step") from error
+    timer.begin("host")
+    return _result(logps, references, desirable, point, loss), grad_norm
 
 
 def evaluate_split(
@@ -108,10 +99,11 @@ def evaluate_split(
     matched_references, mismatched_references = (torch.from_numpy(half).to(sharding.device) for half in np.split(np.array(reference_logps), 2))  # [E]
     point = NO_REFERENCE_POINT
     if loss.loss_type == "kto":
-        mismatched_logps = logps_of(forward, split.mismatched_pairs(examples), split, sharding)
+        mismatched = split.mismatched_pairs(examples)
+        mismatched_logps = logps_of(forward, sharding.batches(mismatched, split), mismatched, sharding.device)
         require_finite(mismatched_logps, examples, split, "evaluation, mismatched pairs")
         point = reference_point(mismatched_logps - mismatched_references)
-    logps = logps_of(forward, examples, split, sharding)
+    logps = logps_of(forward, sharding.batches(examples, split), examples, sharding.device)
     require_finite(logps, examples, split, "evaluation")
     desirable = np.array(split.desirable)
     result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), point, loss)
@@ -140,7 +132,7 @@ def measure_drift(engine: Engine, split: TokenizedSplit, reference_logps: np.nda
     with the square root of a completion's length, while another model or template differs by as much in every token. `dtypes` are those of
     the two: the coarser one rounds.
     """
-    logps = logps_of(engine, pairs, split, sharding)
+    logps = logps_of(engine, sharding.batches(pairs, split), pairs, sharding.device)
     drift = np.abs(logps.cpu().numpy() - reference_logps[pairs])
     lengths = split.pair_lengths[pairs]
     allowed = max(DRIFT_TOLERANCE[dtype] for dtype in dtypes) * np.sqrt(lengths)
@@ -158,12 +150,15 @@ def require_no_drift(drift: Drift, reference_dir: Path) -> None:
         raise UserError(what, where="reference.artifact", remedy=remedy)
 
 
-def logps_of(forward: Callable[[Batch], Tensor], pairs: np.ndarray, split: TokenizedSplit, sharding: Sharding) -> Tensor:
-    """Return the log-probs [N] of `pairs` [N], ascending pair ids, without gradients. All ranks call this and get all of them."""
-    logps = torch.zeros(len(pairs), dtype=torch.float32, device=sharding.device)
-    for micro_batch in sharding.share_of(pairs, split):
-        scored = score(forward, micro_batch, split, layout=sharding.layout, device=sharding.device)
-        logps[_places(scored.pairs, pairs, sharding.device)] = scored.logps
+def logps_of(forward: Callable[[Batch], Tensor], batches: Iterable[Batch], pairs: np.ndarray, device: torch.device) -> Tensor:
+    """Return the log-probs [N] of `pairs` [N], ascending pair ids, without gradients, where `batches` are this rank's share of them.
+
+    All ranks call this with equally many batches and get all log-probs.
+    """
+    logps = torch.zeros(len(pairs), dtype=torch.float32, device=device)
+    for batch in batches:
+        scored = score_batch(forward, batch.to(device))
+        logps[_places(scored.pairs, pairs, device)] = scored.logps
     return sum_across_ranks(logps)
 
 
@@ -177,7 +172,7 @@ def require_finite(logps: Tensor, examples: np.ndarray, split: TokenizedSplit, w
 
 
 def _places(pair_ids: np.ndarray, pairs: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.searchsorted(pairs, pair_ids)).to(device)
+    return to_device(torch.from_numpy(np.searchsorted(pairs, pair_ids)), device)
 
 
 def _constants(loss: LossConfig) -> dict[str, float]:
@@ -187,5 +182,6 @@ def _constants(loss: LossConfig) -> dict[str, float]:
 def _result(logps: Tensor, references: Tensor, desirable: Tensor, point: ReferencePoint, loss: LossConfig) -> StepResult:
     """Return losses and rewards of E examples from their log-probs [E], on the host."""
     terms = kto_terms(logratios=logps - references, desirable=desirable, kl=point.kl.to(logps.device), **_constants(loss))
-    losses, rewards, logps, desirable = (values.cpu().numpy() for values in (terms.losses, terms.rewards, logps, desirable))
-    return StepResult(losses, rewards, logps, desirable, kl=float(point.kl), kl_raw=float(point.raw), kl_stderr=float(point.stderr))
+    losses, rewards, values = torch.stack([terms.losses, terms.rewards, logps]).cpu().numpy()
+    kl, kl_raw, kl_stderr = torch.stack(point).tolist()
+    return StepResult(losses, rewards, values, desirable.cpu().numpy(), kl=kl, kl_raw=kl_raw, kl_stderr=kl_stderr)

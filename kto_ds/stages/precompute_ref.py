@@ -23,7 +23,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.data.reference import KEPT, LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, is_part, join_rows, no_rows, plan_of, read_shards, split_rows, write_shard
-from kto_ds.data.reference_work import Shard, Wanted, plan_shards, wanted_pairs
+from kto_ds.data.reference_work import PLAN_RULES, Shard, Wanted, plan_shards, wanted_pairs
 from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving, score
@@ -114,6 +114,7 @@ def _open_work(config: RunConfig, splits: dict[str, TokenizedSplit], wanted: Wan
         "max_tokens_per_microbatch": config.reference.max_tokens_per_microbatch,
         "per_token": config.reference.per_token,
         "libraries": library_versions(),
+        "plan_rules": PLAN_RULES,
     }
     is_kept, plan, done, attempt = on_main_rank(lambda: (*_begin(config, folder, wanted, state), secrets.token_hex(8)))
     shards = plan_shards(splits, wanted.select(~is_kept), layout=serving.layout, max_tokens=config.reference.max_tokens_per_microbatch)

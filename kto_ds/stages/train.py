@@ -9,26 +9,29 @@ from transformers import PretrainedConfig
 from kto_ds.artifacts import digest_of, require_match
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.config_text import write_yaml
-from kto_ds.data.batch import make_batch
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import FILES, TokenizedSplit
 from kto_ds.data.packing import require_fit
+from kto_ds.data.sharding import Sharding
+from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_trainable
 from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.report.plots import plot_metrics
+from kto_ds.report.profiling import StepProfiler
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
 from kto_ds.report.status import RunStatus
-from kto_ds.report.throughput import StepTimer, peak_memory_gib
+from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
 from kto_ds.runtime.checkpoint import Checkpoint, load_checkpoint, newest_verified, require_same_ranks, save_checkpoint, set_aside
-from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
+from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
-from kto_ds.stages.objective import Sharding, evaluate_split, measure_drift, require_no_drift, train_step
+from kto_ds.stages.objective import evaluate_split, measure_drift, require_no_drift, train_step
 from kto_ds.stages.serving import require_same_weights
+from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
 
 
@@ -42,7 +45,7 @@ class Inputs(NamedTuple):
     record: dict  # what a resume must find unchanged
 
 
-def main(config: RunConfig) -> None:
+def main(config: RunConfig, profile: bool = False) -> None:
     model_config = read_model_config(config.model)
     require_trainable(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
@@ -57,56 +60,67 @@ def main(config: RunConfig) -> None:
         inputs = _open_inputs(config)
         checkpoint = _find_checkpoint(config, inputs, world, zero_stage(deepspeed_config))
         on_main_rank(lambda: _write_config(config))
-        engine = _build_engine(config, model_config, serving, deepspeed_config, inputs)
-        sharding = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, engine.device)
-        done = _resume_or_start(engine, config, inputs, sharding, world, checkpoint)
+        engine, shape = _build_engine(config, model_config, serving, deepspeed_config, inputs)
+        planner = _plan_steps(config, inputs, serving, world, shape)
+        done = _resume_or_start(engine, config, inputs, planner, world, checkpoint)
         sinks = _open_sinks(config, inputs, serving, engine, world, done)
         try:
-            _loop(engine, config, inputs, sharding, world, status, sinks, done)
+            with StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
+                laps = _loop(engine, config, inputs, planner, world, status, sinks, profiler, done)
         finally:
             sinks.close()
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
+        peaks = gather_objects(peak_memory_gib(engine.device))
     if world.is_main:
+        if laps:
+            print(summary(sum_of_laps(laps), peaks, peak_flops=peak_flops(engine.device, config.model.dtype)), flush=True)
         print(f"done: {inputs.plan.num_steps} steps; checkpoints, metrics and plot in {config.output_dir}; next: kto-ds export", flush=True)
     barrier()
 
 
-def _loop(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World, status: RunStatus, sinks: Sinks, done: int) -> None:
+def _loop(
+    engine: Engine, config: RunConfig, inputs: Inputs, planner: StepPlanner, world: World, status: RunStatus, sinks: Sinks, profiler: StepProfiler, done: int
+) -> list[Lap]:
+    """Train from step `done` + 1 to the end and return what every log line took."""
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepResult] = []  # steps since the last log line
-    timer = StepTimer()
+    laps: list[Lap] = []
+    peak = peak_flops(engine.device, config.model.dtype)
+    timer = StepTimer(device_clock(engine.device))
     status.running(done)
 
-    for step in range(done + 1, plan.num_steps + 1):
-        examples = plan.examples_of(step)
-        learning_rate = engine.learning_rate
-        result, grad_norm = train_step(engine, train, inputs.reference_logps["train"], examples, when=f"step {step}", loss=inputs.loss, sharding=sharding)
+    for work in planner.ahead(done):
+        step, learning_rate = work.step, engine.learning_rate
+        result, grad_norm = train_step(
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer
+        )
         window.append(result)
-        timer.add_tokens(int((train.prompt_lengths[train.prompt_of[examples]] + train.matched_lengths[examples]).sum()))
+        timer.add(work.cost)
+        profiler.after_step()
         is_last = step == plan.num_steps
 
         # once in a while: log
         if is_last or step % config.report.logging_steps == 0:
-            lap = timer.lap()
+            laps.append(timer.lap())
             metrics = {**kto_metrics(window), "grad_norm": grad_norm, "learning_rate": learning_rate}
-            speed = {"tokens_per_second": lap.tokens_per_second, "seconds": lap.seconds / len(window), "peak_memory_gib": peak_memory_gib(world.device)}
-            sinks.log({"split": "train", "step": step, "epoch": plan.epoch_after(step), **metrics, **speed})
+            speed = speed_metrics(laps[-1], num_steps=len(window), num_ranks=world.num_ranks, peak_flops=peak)
+            sinks.log({"split": "train", "step": step, "epoch": plan.epoch_after(step), **metrics, **speed, "peak_memory_gib": peak_memory_gib(engine.device)})
             status.running(step)
             window.clear()
 
+        timer.begin("paused")
         # once in a while: evaluate
         if is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0:
-            with timer.paused():
-                for name in evaluation_splits(inputs.splits):
-                    metrics = evaluate_split(engine, inputs.splits[name], inputs.reference_logps[name], inputs.loss, sharding=sharding)
-                    sinks.log({"split": name, "step": step, "epoch": plan.epoch_after(step), **metrics})
+            for name in evaluation_splits(inputs.splits):
+                metrics = evaluate_split(engine, inputs.splits[name], inputs.reference_logps[name], inputs.loss, sharding=planner.scoring)
+                sinks.log({"split": name, "step": step, "epoch": plan.epoch_after(step), **metrics})
 
         # once in a while: save
         if is_last or step % config.checkpoint.save_steps == 0:
-            with timer.paused():
-                save_checkpoint(
-                    engine, _checkpoints(config), step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world
-                )
+            save_checkpoint(engine, _checkpoints(config), step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world)
+
+        timer.begin("host")
+    return laps
 
 
 def _open_inputs(config: RunConfig) -> Inputs:
@@ -115,6 +129,7 @@ def _open_inputs(config: RunConfig) -> Inputs:
     reference_logps, reference_manifest = open_reference(config, splits, manifest)
     for split in splits.values():
         require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
+        require_fit(split.longest_pair_tokens, config.batch.scoring_tokens, "batch.max_tokens_per_scoring_microbatch")
     plan = plan_batches(
         splits["train"].kl_group_of, global_batch_size=config.batch.global_batch_size, num_train_epochs=config.train.num_train_epochs,
         max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
@@ -130,13 +145,22 @@ def _open_inputs(config: RunConfig) -> Inputs:
     return Inputs(splits, reference_logps, plan, loss, record)
 
 
-def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> Engine:
+def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> tuple[Engine, ModelShape]:
     require_same_weights(config.model)
     policy = load_policy(
         config.model, model_config, layout=serving.layout, backend=serving.backend, gradient_checkpointing=config.model.gradient_checkpointing,
         partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
     )  # fmt: skip
-    return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps)
+    shape = model_shape(policy, model_config)
+    return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps), shape
+
+
+def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: World, shape: ModelShape) -> StepPlanner:
+    training = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
+    return StepPlanner(
+        inputs.splits["train"], inputs.plan, config.seed, kl_fraction=config.loss.kl_fraction if config.loss.loss_type == "kto" else 0.0, training=training,
+        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape, gradient_checkpointing=config.model.gradient_checkpointing,
+    )  # fmt: skip
 
 
 def _find_checkpoint(config: RunConfig, inputs: Inputs, world: World, stage: int) -> Checkpoint | None:
@@ -151,16 +175,15 @@ def _find_checkpoint(config: RunConfig, inputs: Inputs, world: World, stage: int
     return checkpoint
 
 
-def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World, checkpoint: Checkpoint | None) -> int:
+def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, planner: StepPlanner, world: World, checkpoint: Checkpoint | None) -> int:
     """Return the number of steps already done: those of the checkpoint, or 0."""
-    train = inputs.splits["train"]
-    engine.warm_up(make_batch([], train, sharding.layout).to(engine.device))
+    engine.warm_up(planner.training.batch([], inputs.splits["train"]).to(engine.device))
     if config.checkpoint.resume == "never":
         on_main_rank(lambda: [set_aside(path) for path in (_checkpoints(config), config.output_dir / METRICS_FILE)])
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint)
         return checkpoint.step
-    _look_at_drift(engine, config, inputs, sharding, world)
+    _look_at_drift(engine, config, inputs, planner.scoring, world)
     return 0
 
 

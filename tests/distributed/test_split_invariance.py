@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kto_ds import cli
 from kto_ds.artifacts import read_manifest
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import make_units, share_out
+from kto_ds.data.packing import share_out
 from kto_ds.runtime.checkpoint import Checkpoint, list_checkpoints, read_weights
 from tests.distributed.runs import conversation, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
 
@@ -135,10 +135,9 @@ def test_clipping_is_the_same_at_every_stage_and_the_norm_is_from_before_it(runs
 def test_the_splits_are_real(runs):
     split = TokenizedSplit.load(runs / "dataset" / "train")
     for num_ranks in RANKS:
-        units = make_units(
+        shares = share_out(
             torch.arange(split.num_examples).numpy(), pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
-            layout="packed", max_tokens=BUDGETS["several"],
+            layout="packed", max_tokens=BUDGETS["several"], num_ranks=num_ranks,
         )  # fmt: skip
-        shares = share_out(units, num_ranks=num_ranks, layout="packed", max_tokens=BUDGETS["several"])
         labels = [{bool(split.desirable[pair]) for unit in micro_batch for pair in unit.pairs} for share in shares for micro_batch in share]
         assert {True} in labels and all(len(share) > 2 for share in shares)

@@ -1,5 +1,6 @@
 """Training as a user starts it: resume after kill -9, the ZeRO-3 trace, bfloat16, NaN, refusals. Two ranks unless said otherwise."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.distributed.runs import conversation, launch, launch_and_kill, launch
 
 pytestmark = pytest.mark.distributed
 
-TIMINGS = {"tokens_per_second", "seconds", "peak_memory_gib"}
+TIMINGS = {"tokens_per_second", "seconds", "seconds/kl", "seconds/policy", "seconds/update", "seconds/host", "tflops", "peak_memory_gib"}
 RARE_TOKEN = 60  # stands in one row only
 
 
@@ -92,11 +93,12 @@ def test_a_killed_run_ends_like_an_unbroken_one_bit_for_bit(prepared):
 
 
 def test_one_process_group_of_runs(prepared):
-    """What needs two ranks but no process of its own: the trace, bfloat16 at every stage, refusals of a resume."""
+    """What needs two ranks but no process of its own: the trace, a profile, a sampled reference point, bfloat16 at every stage."""
     plain = {"checkpoint__resume": "never"}
     commands = [
         ["train", *config_of(prepared, output_dir=prepared / "trace1", train__max_steps=1, **plain)],
-        ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, report__wandb__mode="offline", **plain)],
+        ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, report__wandb__mode="offline", **plain), "--profile"],
+        ["train", *config_of(prepared, output_dir=prepared / "fraction", train__max_steps=5, loss__kl_fraction=0.5, **plain)],
         *(
             ["train", *config_of(prepared, output_dir=prepared / f"bf16-{stage}", deepspeed__config=write_zero(prepared, stage), model__dtype="bfloat16",
                                  reference__artifact=prepared / "reference_bf16", train__max_steps=3, **plain)]
@@ -104,8 +106,10 @@ def test_one_process_group_of_runs(prepared):
         ),
     ]  # fmt: skip
     run_commands(prepared, [["precompute-ref", *config_of(prepared, model__dtype="bfloat16", reference__artifact=prepared / "reference_bf16")]], num_ranks=1)
-    one, five, *_ = run_commands(prepared, commands, num_ranks=2)
-    assert five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
+    one, five, fraction, *_ = run_commands(prepared, commands, num_ranks=2)
+    assert fraction["invalidations"] == five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
+    require_profile_of_three_steps(prepared / "trace5" / "profile" / "rank0.json.gz")
+    require_sampled_reference_points(read_metrics(prepared / "fraction"), read_metrics(prepared / "trace5"))
 
     wanted = read_metrics(prepared / "trace5")
     assert list((prepared / "trace5" / "wandb").glob("offline-run-*/*.wandb"))
@@ -116,6 +120,19 @@ def test_one_process_group_of_runs(prepared):
             # bfloat16 has 8 bits: sums of about 100 log-probs near -4 are good to about 1 in 400
             assert have["logps/rejected"] == pytest.approx(want["logps/rejected"], rel=5e-3)
             assert have["loss"] == pytest.approx(want["loss"], abs=0.02)
+
+
+def require_profile_of_three_steps(path: Path) -> None:
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {event["name"] for event in events if event["name"].startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+    assert any(event["name"] == "aten::mm" for event in events)
+
+
+def require_sampled_reference_points(sampled: list[dict], whole: list[dict]) -> None:
+    """Half of the KL groups estimate z; the first step's examples are scored by the same weights."""
+    assert sampled[0]["logps/chosen"] == whole[0]["logps/chosen"] and sampled[0]["tflops"] > 0
+    assert all(0 < record["kl_stderr"] for record in sampled[1:]) and [record["kl_raw"] for record in sampled] != [record["kl_raw"] for record in whole]
+    assert all(record["seconds"] == pytest.approx(sum(record[f"seconds/{phase}"] for phase in ("kl", "policy", "update", "host"))) for record in sampled)
 
 
 def test_nan_stops_all_ranks_before_the_update_and_names_the_row(prepared):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kto_ds.data.batch import Batch, make_batch
+from kto_ds.data.batch import LENGTHS_PER_DOUBLING, Batch, make_batch, row_length
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import MicroBatch, make_units, pack
 from tests.unit.splits import make_split
@@ -69,7 +69,7 @@ def test_every_completion_token_is_predicted_from_exactly_what_precedes_it(seed,
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_packed_rows_hold_no_padding_and_a_shared_prompt_once(seed):
+def test_short_packed_rows_hold_no_padding_and_a_shared_prompt_once(seed):
     split = random_split(seed)
     for layout in ("prefix_shared", "packed"):
         for micro_batch in micro_batches_of(split, layout):
@@ -78,6 +78,32 @@ def test_packed_rows_hold_no_padding_and_a_shared_prompt_once(seed):
             assert batch.attention_mask is None
     tokens = {layout: sum(make_batch(part, split, layout).input_ids.numel() for part in micro_batches_of(split, layout)) for layout in LAYOUTS}
     assert tokens["prefix_shared"] < tokens["packed"] <= tokens["padded"]
+
+
+def test_packed_rows_have_few_lengths():
+    assert [row_length(tokens) for tokens in (1, 2, 127, 128, 129, 255, 8191, 8192, 8193)] == [1, 2, 127, 128, 130, 256, 8192, 8192, 8320]
+    lengths = [row_length(tokens) for tokens in range(1, 20_000)]
+    assert all(tokens <= length < tokens * (1 + 1 / LENGTHS_PER_DOUBLING) for tokens, length in enumerate(lengths, start=1))
+    assert len(set(lengths[8192:16384])) == LENGTHS_PER_DOUBLING
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
+def test_what_fills_a_row_up_sees_only_itself_and_nobody_sees_it(layout):
+    split, filled = random_split(7, num_prompts=60), 0
+    for micro_batch in micro_batches_of(split, layout, max_tokens=333):
+        batch = make_batch(micro_batch, split, layout)
+        tokens, segments = sum(unit.tokens for unit in micro_batch), batch.segments
+        length = batch.input_ids.numel()
+        assert batch.input_ids.shape == batch.position_ids.shape == (1, row_length(tokens)) and (batch.predictors < tokens).all()
+        assert segments.query_offsets[-1] == length and batch.completion_lengths.sum() == len(batch.targets)
+        key_index = torch.arange(length) if segments.key_index is None else segments.key_index
+        assert (key_index >= tokens).sum() == length - tokens
+        if length > tokens:
+            filled += 1
+            assert segments.query_lengths[-1] == segments.key_lengths[-1] == length - tokens
+            assert key_index[segments.key_offsets[-2] :].tolist() == list(range(tokens, length)) == list(range(int(segments.query_offsets[-2]), length))
+            assert batch.position_ids[0, tokens:].tolist() == list(range(length - tokens))
+    assert filled > 1
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed"])

@@ -165,9 +165,8 @@ def test_ranks_share_the_pairs_of_a_step_whatever_their_number(dataset, options,
     for step in {1, plan.num_steps}:
         examples = plan.examples_of(step)
         pairs = np.concatenate([examples, examples + num_examples])
-        units = make_units(pairs, layout=layout, max_tokens=120, **lengths)
         for num_ranks in (1, 2, 3, 8):
-            shares = share_out(units, num_ranks=num_ranks, layout=layout, max_tokens=120)
+            shares = share_out(pairs, num_ranks=num_ranks, layout=layout, max_tokens=120, **lengths)
             assert len(shares) == num_ranks and len({len(share) for share in shares}) == 1
             shared = [pair for share in shares for micro_batch in share for unit in micro_batch for pair in unit.pairs]
             assert sorted(shared) == sorted(pairs.tolist())

@@ -116,6 +116,29 @@ def test_a_pair_has_the_same_log_prob_in_every_layout_and_company(name):
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
+def test_what_fills_a_row_up_changes_neither_log_probs_nor_gradients(layout):
+    split, found = random_split(3), []
+    units = make_units(
+        np.arange(2 * split.num_examples), pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths,
+        layout=layout, max_tokens=64,
+    )  # fmt: skip
+    units *= 1 + 300 // sum(unit.tokens for unit in units)  # a row beyond 256 tokens has a multiple of 4
+    if sum(unit.tokens for unit in units) % 4 == 0:
+        units.append(next(unit for unit in units if unit.tokens % 4))
+    for micro_batches in ([units], [[unit] for unit in units]):
+        batches = [make_batch(micro_batch, split, layout) for micro_batch in micro_batches]
+        policy, _ = build(CONFIGS["mistral_window"], layout)
+        logps = torch.cat([policy(batch) for batch in batches])
+        (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+        found.append((sum(batch.input_ids.numel() for batch in batches), logps, {name: parameter.grad for name, parameter in policy.named_parameters()}))
+    (filled, logps, gradients), (tokens, expected, expected_gradients) = found
+    assert filled > tokens > 256
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
 def test_the_window_matters_at_these_lengths(layout):
     # So that the agreement above is not one of two models without a window.
     split = random_split(1)

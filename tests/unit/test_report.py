@@ -16,7 +16,7 @@ from kto_ds.report.console import Console, duration
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import MetricsFile, Sinks, WandbRun, open_sinks, read_records
 from kto_ds.report.status import RunStatus
-from kto_ds.report.throughput import StepTimer, peak_memory_gib
+from kto_ds.report.throughput import Clock, Lap, StepTimer, Work, peak_memory_gib, speed_metrics, sum_of_laps, summary
 
 
 def train_record(step: int, **more: float) -> dict:
@@ -123,19 +123,29 @@ def test_duration(seconds, text):
 # throughput
 
 
-def test_timer_counts_tokens_and_leaves_pauses_out():
+def test_every_moment_belongs_to_a_phase_and_pauses_to_none():
     now = [100.0]
-    timer = StepTimer(clock=lambda: now[0])
-    timer.add_tokens(300)
-    now[0] += 2
-    with timer.paused():
-        now[0] += 50
-    timer.add_tokens(500)
-    now[0] += 2
+    timer = StepTimer(Clock(lambda: now[0], lambda begin, end: end - begin))
+    for phase, seconds in (("kl", 1), ("policy", 4), ("update", 2), ("paused", 50), ("host", 0.5), ("kl", 2)):
+        timer.begin(phase)
+        now[0] += seconds
+    timer.add(Work(300, 6e12, 8e12))
+    timer.add(Work(500, 2e12, 2e12))
     lap = timer.lap()
-    assert (lap.seconds, lap.tokens, lap.tokens_per_second) == (4, 800, 200)
+    assert lap == ({"kl": 3, "policy": 4, "update": 2, "host": 0.5}, (800, 8e12, 10e12))
     now[0] += 1
-    assert timer.lap() == (1, 0)
+    assert timer.lap() == ({"kl": 1, "policy": 0, "update": 0, "host": 0}, (0, 0, 0)), "the phase goes on"
+    metrics = speed_metrics(lap, num_steps=2, num_ranks=4, peak_flops=1e12)
+    assert metrics["tokens_per_second"] == pytest.approx(800 / 9.5) and metrics["seconds"] == 4.75 and metrics["seconds/kl"] == 1.5
+    assert metrics["mfu"] == pytest.approx(8 / 9.5 / 4) and metrics["hfu"] == pytest.approx(10 / 9.5 / 4) and metrics["tflops"] == pytest.approx(8 / 9.5 / 4)
+    assert "mfu" not in speed_metrics(lap, num_steps=2, num_ranks=4, peak_flops=None)
+
+
+def test_the_summary_says_speed_memory_and_where_the_time_went():
+    laps = [Lap({"kl": 1.0, "policy": 5.0, "update": 1.5, "host": 0.0}, Work(1000, 4e12, 5e12)), Lap({"kl": 1.0, "policy": 1.0, "update": 0.0, "host": 0.5}, Work(500, 1e12, 1e12))]
+    text = summary(sum_of_laps(laps), [1.25, 3.5], peak_flops=1e12)
+    assert text == "1,500 tokens in 10.0 s: 150 tokens/s, 0.25 TFLOP/s a rank, MFU 25.0%, HFU 30.0%; 1.25 to 3.50 GiB at the peak on each rank; kl 20%, policy 60%, update 15%, host 5%"
+    assert "MFU" not in summary(sum_of_laps(laps), [1.25], peak_flops=None)
 
 
 def test_peak_memory_sees_a_quarter_gib():

@@ -1,0 +1,167 @@
+"""What a step takes in: the sample of KL groups, work made ahead, operations counted against a naive count."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from kto_ds.data.ahead import ahead
+from kto_ds.data.batch_plan import plan_batches
+from kto_ds.data.kl_sample import sample_groups
+from kto_ds.data.packing import make_units
+from kto_ds.data.sharding import Sharding
+from kto_ds.losses import reference_point
+from kto_ds.model.flops import ModelShape, forward_flops, model_shape, peak_flops
+from kto_ds.model.policy import Policy
+from kto_ds.stages.step_work import StepPlanner
+from tests.unit.splits import make_split
+
+# the sample
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4, 4), (1, 9, 2, 2, 5, 1, 1), (20, 1, 1), (3,)])
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_the_sampled_mean_is_without_bias(sizes, fraction):
+    group_of = np.repeat(np.arange(len(sizes)) * 7 + 3, sizes)  # group ids have gaps
+    values = np.random.default_rng(1).normal(group_of, 1)  # groups differ, and large ones from small ones
+    estimates, drawn = [], []
+    for step in range(500):
+        sample = sample_groups(group_of, fraction=fraction, seed=5, step=step)
+        assert sample.weights.sum() == pytest.approx(1) and (sample.weights > 0).all() and (np.diff(sample.places) > 0).all()
+        groups = np.unique(group_of[sample.places])
+        assert len(sample.places) == np.isin(group_of, groups).sum(), "a group is scored whole"
+        estimates.append(sample.weights @ values[sample.places])
+        drawn.append(len(groups))
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert np.mean(estimates) == pytest.approx(values.mean(), abs=4 * error + 1e-9)
+    assert max(drawn) <= np.ceil(fraction * len(sizes))
+
+
+def test_a_whole_sample_counts_all_pairs_alike():
+    sample = sample_groups(np.array([3, 3, 5, 8]), fraction=1.0, seed=0, step=1)
+    assert sample.places.tolist() == [0, 1, 2, 3] and sample.weights.tolist() == [0.25] * 4
+
+
+def test_the_sample_hangs_on_seed_and_step():
+    group_of = np.arange(40)
+    draw = lambda seed, step: sample_groups(group_of, fraction=0.25, seed=seed, step=step).places.tolist()  # noqa: E731
+    assert draw(0, 1) == draw(0, 1) and len({tuple(draw(seed, step)) for seed in (0, 1) for step in range(1, 9)}) > 2
+
+
+def test_the_error_of_a_sample_is_that_of_its_pairs():
+    logratios = torch.tensor([1.0, 4.0, -2.0, 0.5])
+    even, plain = reference_point(logratios, torch.full((4,), 0.25, dtype=torch.float64)), reference_point(logratios)
+    assert even == plain and float(plain.stderr) == pytest.approx(logratios.std().item() / 2)
+    weighted = reference_point(logratios, torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64))
+    assert float(weighted.raw) == pytest.approx(0.4 + 1.6 - 0.2 + 0.05) and float(weighted.stderr) > 0
+
+
+# one item ahead
+
+
+def test_ahead_computes_one_item_before_it_is_asked_for():
+    begun, second = [], threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            second.set()
+        return item * 10
+
+    results = ahead(work, range(5))
+    assert next(results) == 0
+    assert second.wait(10) and len(begun) <= 2
+    assert list(results) == [10, 20, 30, 40] and begun == list(range(5))
+    assert list(ahead(work, [])) == []
+
+
+def test_an_error_ahead_is_raised_where_its_result_is_due():
+    results = ahead(lambda item: 1 // item, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+# the work of a step
+
+
+@pytest.fixture(scope="module")
+def split():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 50, rng.integers(1, 30)).tolist() for _ in range(12)]
+    prompt_ids = [prompts[number % 12] for number in range(20)]
+    completion_ids = [rng.integers(3, 50, rng.integers(1, 40)).tolist() for _ in range(20)]
+    return make_split(prompt_ids, completion_ids, desirable=[number % 3 == 0 for number in range(20)], max_length=80, kl_group_size=3, max_group_examples=8, shuffle=True, seed=1)
+
+
+SHAPE = ModelShape(layer_weights=1000, windows=(None, None), attention_width=16, head_weights=700)
+
+
+def planner(split, *, rank: int = 0, num_ranks: int = 1, kl_fraction: float = 1.0, gradient_checkpointing: bool = True) -> StepPlanner:
+    plan = plan_batches(split.kl_group_of, global_batch_size=12, num_train_epochs=2, max_steps=None, shuffle=True, seed=1)
+    training = Sharding("prefix_shared", 100, rank, num_ranks, torch.device("cpu"))
+    return StepPlanner(split, plan, 1, kl_fraction, training, training._replace(max_tokens=200), SHAPE, gradient_checkpointing)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_ranks_together_do_every_pair_of_a_step_once(split, num_ranks):
+    planners = [planner(split, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    for works in zip(*(each.ahead(0) for each in planners), strict=True):
+        examples = planners[0].plan.examples_of(works[0].step)
+        assert len({len(work.policy_batches) for work in works}) == len({len(work.kl_batches) for work in works}) == 1
+        matched, mismatched = (sorted(pair for work in works for batch in batches(work) for pair in batch.pair_ids.tolist())
+                               for batches in (lambda work: work.policy_batches, lambda work: work.kl_batches))  # fmt: skip
+        assert matched == examples.tolist() and mismatched == split.mismatched_pairs(examples).tolist()
+        assert all(work.cost == works[0].cost for work in works)
+    assert works[0].step == planners[0].plan.num_steps
+
+
+def test_phase_a_has_a_budget_of_its_own_and_may_be_a_sample_or_nothing(split):
+    whole, half, none = (planner(split, kl_fraction=fraction).work_of(2) for fraction in (1.0, 0.5, 0.0))
+    assert len(whole.kl_batches) < len(whole.policy_batches)
+    assert 0 < len(half.kl_examples) < len(whole.kl_examples) and set(half.kl_examples) <= set(whole.examples)
+    assert sorted(pair for batch in half.kl_batches for pair in batch.pair_ids.tolist()) == split.mismatched_pairs(half.kl_examples).tolist()
+    assert none.kl is None and none.kl_batches == [] and none.cost.model_flops < half.cost.model_flops < whole.cost.model_flops
+
+
+def test_resuming_gives_the_same_work(split):
+    every, later = list(planner(split).ahead(0)), list(planner(split).ahead(2))
+    assert [work.step for work in later] == [work.step for work in every[2:]]
+    for one, other in zip(every[2:], later):
+        assert all(torch.equal(mine.input_ids, theirs.input_ids) for mine, theirs in zip(one.policy_batches + one.kl_batches, other.policy_batches + other.kl_batches, strict=True))
+
+
+# operations
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
+def test_operations_are_those_of_every_token_by_itself(split, layout):
+    shape = ModelShape(layer_weights=1000, windows=(None, 7, None), attention_width=16, head_weights=700)
+    lengths = dict(pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths)
+    units = make_units(np.arange(20), layout=layout, max_tokens=10_000, **lengths)
+    layers = head = 0
+    for unit in units:
+        prompt = int(split.prompt_lengths[unit.prompt])
+        positions = [*range(prompt), *(prompt + place for pair in unit.pairs for place in range(int(split.pair_lengths[pair])))]
+        for position in positions:
+            layers += 2 * 1000 + sum(4 * 16 * min(position + 1, window or position + 1) for window in shape.windows)
+        head += sum(2 * 700 * int(split.pair_lengths[pair]) for pair in unit.pairs)
+    assert forward_flops(shape, units, split) == (layers, head)
+    assert forward_flops(shape, [], split) == (0, 0)
+
+
+def test_what_a_step_costs(split):
+    work = planner(split).work_of(1)
+    kept = planner(split, gradient_checkpointing=False).work_of(1)
+    pairs = sorted(work.examples.tolist())
+    assert work.cost.tokens == sum(int(split.prompt_lengths[split.prompt_of[example]] + split.matched_lengths[example]) for example in pairs)
+    assert kept.cost.model_flops == work.cost.model_flops < kept.cost.hardware_flops < work.cost.hardware_flops < work.cost.model_flops * 4 / 3 + 1
+
+
+def test_the_shape_of_a_model():
+    config = Qwen3Config(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+    shape = model_shape(Policy(Qwen3ForCausalLM(config)), config)
+    assert shape == ModelShape(layer_weights=3 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48), windows=(None,) * 3, attention_width=64, head_weights=3200)
+    assert peak_flops(torch.device("cpu"), "bfloat16") is None
