@@ -42,5 +42,6 @@ def sum_by_pair(token_logps: Tensor, batch: Batch) -> Tensor:
     """Add up the log-probs of each pair's tokens: [C] -> [S] float32."""
     # A filler scores one sequence and keeps none: the result is empty, yet part of the graph, so backward runs on every rank.
     # No index_add: on CUDA it adds in any order, and the same batch would come to other sums the next time.
-    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.completion_lengths, unsafe=True)  # unsafe: does not wait for the lengths to check them
-    return sums[: batch.num_pairs]
+    # It adds one after the other: in float32 the sum of a thousand tokens would be off by several 1e-3, as much as the log-ratio of an early step.
+    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=batch.completion_lengths, unsafe=True)  # unsafe: does not wait for the lengths to check them
+    return sums[: batch.num_pairs].float()

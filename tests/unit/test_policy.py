@@ -16,7 +16,7 @@ from kto_ds.data.packing import make_units, pack
 from kto_ds.model.attention import register_attention
 from kto_ds.model.checkpointing import checkpoint_layers
 from kto_ds.model.load import load_policy
-from kto_ds.model.policy import Policy
+from kto_ds.model.policy import Policy, sum_by_pair
 from kto_ds.model.support import read_model_config
 from tests.unit.splits import make_split
 
@@ -184,3 +184,14 @@ def test_a_policy_read_from_disk_scores_like_the_model_that_was_saved(tmp_path: 
     assert policy.training and all(module.p == 0 for module in policy.modules() if isinstance(module, nn.Dropout))
     with torch.no_grad():
         torch.testing.assert_close(policy_logps(policy, split, layout).double(), naive_logps(plain.double(), split), rtol=1e-5, atol=1e-5)
+
+
+def test_sum_of_a_long_completion_is_rounded_once():
+    """Added one after the other in float32, the log-probs of 900 tokens of an untrained model are off by 4e-3 nats."""
+    lengths = [900, 1]
+    split = make_split([[1], [2]], [[3] * length for length in lengths], desirable=[True, False], max_length=1000, kl_group_size=2, max_group_examples=2, shuffle=False, seed=0)
+    units = make_units(np.arange(2), pair_prompts=split.pair_prompts, pair_lengths=split.pair_lengths, prompt_lengths=split.prompt_lengths, layout="packed", max_tokens=1000)
+    batch = make_batch(units, split, "packed")
+    token_logps = -10.4 + 0.3 * torch.randn(901, generator=torch.Generator().manual_seed(0))
+    wanted = [float(tokens.double().sum()) for tokens in token_logps.split(batch.completion_lengths.tolist())]
+    assert sum_by_pair(token_logps, batch).tolist() == pytest.approx(wanted, rel=2**-24)
