@@ -16,11 +16,11 @@ import argparse
 from typing import get_args
 
 import torch
-
 from benchmarks.gpu_model import SHAPES
 from benchmarks.gpu_precompute import bench_precompute
 from benchmarks.gpu_train import bench_train
 from benchmarks.page import PAGES, around_markers
+
 from kto_ds.config import ReferenceConfig
 from kto_ds.data.packing import Layout
 from kto_ds.errors import UserError

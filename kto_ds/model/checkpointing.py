@@ -5,6 +5,7 @@ frozen embeddings do not give, and here neither needs it: under ZeRO-3 the gradi
 as leaf modules (tests/distributed/test_split_invariance.py).
 """
 
+import math
 import weakref
 from functools import partial
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kto_ds.config import ModelConfig
 from kto_ds.errors import UserError
+from kto_ds.model.policy import decoder_layers
 
 
 def checkpoint_layers(lm: PreTrainedModel, *, every: int, offload: bool) -> None:
     """Have the first of every `every` decoder layers keep its input only; with `offload` that input waits in host memory."""
-    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(lm)
     if not layers:
         raise UserError(f"{type(lm).__name__} has no layers that can be checkpointed", where="model.gradient_checkpointing", remedy="set model.gradient_checkpointing: false")
     # Dropout is off, so there is no random state to bring back.
@@ -29,6 +31,11 @@ def checkpoint_layers(lm: PreTrainedModel, *, every: int, offload: bool) -> None
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0
         layer._gradient_checkpointing_func = run
+
+
+def checkpointed_share(model: ModelConfig, num_layers: int) -> float:
+    """Return the share of the decoder layers that run again in backward."""
+    return math.ceil(num_layers / model.gradient_checkpointing_every) / num_layers if model.gradient_checkpointing else 0.0
 
 
 def _run_offloaded(memory: "HostMemory", run, layer, *inputs):

@@ -24,9 +24,8 @@ class Policy(nn.Module):
         lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight))
 
     @property
-    def decoder_layers(self) -> list[nn.Module]:
-        """The layers in their order; none in a model that came with code of its own and does not mark them as transformers does."""
-        return [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    def decoder_layers(self) -> list[GradientCheckpointingLayer]:
+        return decoder_layers(self.lm)
 
     def forward(self, batch: Batch, per_token: bool = False) -> Tensor:
         """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C]."""
@@ -36,6 +35,11 @@ class Policy(nn.Module):
         hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predictors]  # [C, D]
         token_logps = self.lm.get_output_embeddings()(hidden, batch.targets)  # [C]
         return token_logps if per_token else sum_by_pair(token_logps, batch)
+
+
+def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers in their order; none of a model that came with code of its own and does not mark them as transformers does."""
+    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def sum_by_pair(token_logps: Tensor, batch: Batch) -> Tensor:

@@ -43,7 +43,7 @@ class StepPlanner(NamedTuple):
     training: Sharding
     scoring: Sharding  # without gradients, hence with more room
     shape: ModelShape
-    gradient_checkpointing: bool
+    recomputed_layers: float  # share of the decoder layers that run forward again in backward
 
     def ahead(self, done: int) -> Iterator[StepWork]:
         """Yield the work of every step after the first `done`, each made while the one before is in use."""
@@ -70,7 +70,7 @@ class StepPlanner(NamedTuple):
         policy, kl = (forward_flops(self.shape, units, self.split) for units in (policy_units, kl_units))
         model_flops = 3 * policy.total + kl.total
         # The head computes its logits again in backward, the layers their activations where these were not kept.
-        recomputed = policy.head + (policy.layers if self.gradient_checkpointing else 0.0)
+        recomputed = policy.head + self.recomputed_layers * policy.layers
         tokens = self.split.prompt_lengths[self.split.prompt_of[examples]] + self.split.matched_lengths[examples]
         return Work(int(tokens.sum()), model_flops, model_flops + recomputed)
 

@@ -13,6 +13,7 @@ from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import FILES, TokenizedSplit
 from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
+from kto_ds.model.checkpointing import checkpointed_share
 from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
@@ -159,7 +160,8 @@ def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: Worl
     training = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     return StepPlanner(
         inputs.splits["train"], inputs.plan, config.seed, kl_fraction=config.loss.kl_fraction if config.loss.loss_type == "kto" else 0.0, training=training,
-        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape, gradient_checkpointing=config.model.gradient_checkpointing,
+        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape,
+        recomputed_layers=checkpointed_share(config.model, len(shape.windows)),
     )  # fmt: skip
 
 

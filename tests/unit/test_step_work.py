@@ -99,10 +99,10 @@ def split():
 SHAPE = ModelShape(layer_weights=1000, windows=(None, None), attention_width=16, head_weights=700)
 
 
-def planner(split, *, rank: int = 0, num_ranks: int = 1, kl_fraction: float = 1.0, gradient_checkpointing: bool = True) -> StepPlanner:
+def planner(split, *, rank: int = 0, num_ranks: int = 1, kl_fraction: float = 1.0, recomputed_layers: float = 1.0) -> StepPlanner:
     plan = plan_batches(split.kl_group_of, global_batch_size=12, num_train_epochs=2, max_steps=None, shuffle=True, seed=1)
     training = Sharding("prefix_shared", 100, rank, num_ranks, torch.device("cpu"))
-    return StepPlanner(split, plan, 1, kl_fraction, training, training._replace(max_tokens=200), SHAPE, gradient_checkpointing)
+    return StepPlanner(split, plan, 1, kl_fraction, training, training._replace(max_tokens=200), SHAPE, recomputed_layers)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -154,10 +154,12 @@ def test_operations_are_those_of_every_token_by_itself(split, layout):
 
 def test_what_a_step_costs(split):
     work = planner(split).work_of(1)
-    kept = planner(split, gradient_checkpointing=False).work_of(1)
+    kept = planner(split, recomputed_layers=0.0).work_of(1)
     pairs = sorted(work.examples.tolist())
     assert work.cost.tokens == sum(int(split.prompt_lengths[split.prompt_of[example]] + split.matched_lengths[example]) for example in pairs)
+    half = planner(split, recomputed_layers=0.5).work_of(1)
     assert kept.cost.model_flops == work.cost.model_flops < kept.cost.hardware_flops < work.cost.hardware_flops < work.cost.model_flops * 4 / 3 + 1
+    assert half.cost.hardware_flops == (kept.cost.hardware_flops + work.cost.hardware_flops) / 2
 
 
 def test_the_shape_of_a_model():
