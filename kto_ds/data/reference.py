@@ -24,6 +24,7 @@ from kto_ds.errors import UserError
 # so that a 0 on disk is never a value: it is a row that nobody scored.
 LARGEST_LOGP = -np.finfo(np.float32).tiny
 ROUNDING = 1e-3  # nats above 0 that are still rounding
+REMEDY = "run kto-ds precompute-ref again"
 KEPT = "kept"  # in place of a plan: rows that were taken over
 NAME = re.compile(r"(kept|scored)-(?P<number>\d{6})\.((?P<plan>[0-9a-f]{32})\.)?(?P<digest>[0-9a-f]{32})\.safetensors")
 MAX_SHARD_BYTES = 1 << 28
@@ -140,8 +141,6 @@ def read_shards(paths: Iterable[Path], per_token: bool = False) -> ReferenceRows
         raise UserError(f"{len(rows.keys) - len(first)} reference log-probs are there twice", where=str(path.parent), remedy=REMEDY)
     return rows
 
-
-REMEDY = "run kto-ds precompute-ref again"
 
 
 def _unusable(path: Path, what: str, remedy: str = REMEDY) -> UserError:

@@ -21,6 +21,11 @@ SHOWN = (
 SHOWN_IN_BAR = ("loss", "margin", "kl", "tok/s")
 
 
+def bar_interval() -> float:
+    """Return the least seconds between two states of a bar on stderr: in a file each of them is a line."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
 class Console:
     """A bar on a terminal, one line a record elsewhere."""
 

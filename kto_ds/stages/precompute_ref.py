@@ -6,7 +6,6 @@ artefact or an unfinished one knows of the same model is taken over by the conte
 
 import contextlib
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving, score
 from kto_ds.model.support import read_model_config, require_positions
+from kto_ds.report.console import bar_interval
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
 from kto_ds.stages.identity import gives_same_values, is_same_model, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
@@ -200,7 +200,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
     began = time.perf_counter()
     bad_rows: list[str] = []
     failure: KtoError | None = None
-    with tqdm(total=total, desc="precompute-ref, rank 0", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=0.5 if sys.stderr.isatty() else 30.0) as progress:
+    with tqdm(total=total, desc="precompute-ref, rank 0", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=bar_interval()) as progress:
         for numbers, number in zip(rounds, mine):
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
+from kto_ds.report.console import bar_interval
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
@@ -125,7 +125,7 @@ def _limits(data: DataConfig) -> Limits:
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes numbers of rows; in a log file the bar speaks twice a minute."""
-    with tqdm(desc=what, unit=" rows", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0) as bar:
+    with tqdm(desc=what, unit=" rows", unit_scale=True, mininterval=bar_interval()) as bar:
         yield bar.update
 
 

@@ -1,7 +1,6 @@
 """Every byte of the run's artefacts and checkpoints, read again and compared with what the manifests say. One process; no model, no tokenizer."""
 
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from kto_ds.artifacts import MANIFEST, READERS, damaged_files, read_manifest, state_of, unlisted_files
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError, excerpt
+from kto_ds.report.console import bar_interval
 from kto_ds.runtime.checkpoint import KIND, list_checkpoints
 from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST
 
@@ -38,7 +38,7 @@ def main(config: RunConfig) -> None:
 
     num_bytes = sum(_size(artifact.manifest) for artifact in artifacts)
     damaged, intact = [], {}
-    with tqdm(desc="verify", total=num_bytes, unit="B", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0) as bar:
+    with tqdm(desc="verify", total=num_bytes, unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
         for artifact in artifacts:
             problems = _problems(artifact, bar.update)
             if artifact.kind == "reference" and "dataset" in intact and artifact.state == "sealed" and not problems:
