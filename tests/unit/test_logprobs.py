@@ -114,6 +114,16 @@ def test_in_a_model_the_head_gradient_is_that_of_its_logits(tied):
         assert relative(parameter.grad, oracle.grad.double()) < 1e-5, name
 
 
+def test_ligers_fused_head_gives_the_same():
+    """On the CPU it runs in torch; tools/bench_head.py compares it on a GPU. Ours is used until that is measured."""
+    ops = pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
+    hidden, weight, targets, upstream = sample(1033, 24, 211)  # more than two of its chunks
+    logps, expected = -ops.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets), ChunkedLogprobs.apply(hidden, weight, targets, 100)
+    torch.testing.assert_close(logps, expected, rtol=2e-6, atol=1e-5)
+    for found, ours in zip(torch.autograd.grad(logps, (hidden, weight), upstream), torch.autograd.grad(expected, (hidden, weight), upstream)):
+        assert relative(found, ours.double()) < 2e-6
+
+
 def test_the_head_refuses_shapes_that_do_not_belong_together():
     head = LogprobHead(nn.Parameter(torch.zeros(5, 3)))
     with pytest.raises(AssertionError, match=r"expected \[C, D\] and \[C\]"):
