@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# What bounds the float32 logits [B, V] of a chunk, whatever V is. On the CPU speed is the same from 16 MiB to 128 (within 5 %, V 32k, D 256 and 1024).
+# What bounds the float32 logits [B, V] of a chunk, whatever V is. On the CPU speed is the same from 32 MiB to 128 (within 5 %, V 32k, D 256 and 1024).
 # On a GPU the weight gradient [V, D] is read and written once a chunk, which by the data sheets takes as long as the products of 200 to 300 tokens: a
 # chunk should have several times as many, for any D. Not measured yet: tools/bench_head.py.
 CPU_CHUNK_BYTES = 64 << 20

@@ -45,6 +45,7 @@ def facts_table(made: dict) -> Table:
         "quantisation": "none" if quantized in (None, "null") else quantized,
         "layout": made.get("layout"),
         "attention kernel": made.get("attention"),
+        "other kernels": made.get("kernels"),
         "single tokens": "each has its log-prob" if made.get("per_token") is True else "no, sums only",
         "libraries": ", ".join(f"{name} {version}" for name, version in libraries.items()),
     }
