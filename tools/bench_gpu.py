@@ -16,11 +16,11 @@ import argparse
 from typing import get_args
 
 import torch
-
 from benchmarks.gpu_model import SHAPES
 from benchmarks.gpu_precompute import bench_precompute
 from benchmarks.gpu_train import bench_train
 from benchmarks.page import PAGES, around_markers
+
 from kto_ds.config import ReferenceConfig
 from kto_ds.data.packing import Layout
 from kto_ds.errors import UserError
@@ -41,8 +41,8 @@ def main() -> None:
     train = commands.add_parser("train", help="whole steps", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-4b", "qwen3-32b-8layers"], help="one after the other")
     train.add_argument("--max_tokens_per_microbatch", type=int, default=16_384)
-    train.add_argument("--global_batch_size", type=int, default=256, help="rows of a step")
-    train.add_argument("--steps", type=int, default=4, help="to measure, after two to warm up")
+    train.add_argument("--global_batch_size", type=int, default=128, help="rows of a step")
+    train.add_argument("--steps", type=int, default=4, help="to measure, after one to warm up")
     train.add_argument("--trl", action="store_true", help="measure TRL besides, with a precomputed reference and with one in memory")
     train.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[8, 32], help="TRL's per_device_train_batch_size, each by itself")
     train.set_defaults(bench=bench_train, marker="train")
