@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from kto_ds.config import BatchConfig, DataConfig, ModelConfig
 from kto_ds.data.assemble import Grouping, index_split, read_index, save_split
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.data.packing import Unit
 from kto_ds.data.reference_work import plan_shards, wanted_pairs
 from kto_ds.data.segments import Limits, Row, make_segment, save_segment
 from kto_ds.data.tokenization import RowTokens
@@ -27,7 +26,6 @@ MAX_LENGTH = 2048
 # Lengths in the manner of UltraFeedback: (median in tokens, standard deviation of the logarithm) of a lognormal distribution.
 PROMPT_TOKENS, COMPLETION_TOKENS = (180, 0.9), (260, 0.7)
 SHARED_PROMPTS = 1 / 3  # of the prompts have two rows, the others one
-PEAK_TFLOPS = 989  # of an H100 or H200 SXM by its datasheet: dense bfloat16
 # Of a token's log-prob, for two models with the same float32 weights; a GPU's kernels may add up in other orders. A mistake changes some by 1e-2.
 TOLERANCE = {"cpu": 1e-6, "cuda": 1e-5}
 
@@ -37,6 +35,7 @@ SHAPES = {
     "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": True},
     "qwen3-32b": {**QWEN3, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64, "tie_word_embeddings": False},
 }
+SHAPES["qwen3-32b-8layers"] = {**SHAPES["qwen3-32b"], "num_hidden_layers": 8}  # its training states fit one device
 TINY = {
     **QWEN3, "vocab_size": 503, "num_key_value_heads": 2, "head_dim": 16,
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True,
@@ -134,15 +133,3 @@ def make_split(folder: Path, num_prompts: int, vocab_size: int) -> TokenizedSpli
 def draw(rng: np.random.Generator, lengths: tuple[float, float], vocab_size: int) -> np.ndarray:
     median, deviation = lengths
     return rng.integers(0, vocab_size, max(1, round(rng.lognormal(np.log(median), deviation))), dtype=np.int32)
-
-
-def count_flops(policy: Policy, config: Qwen3Config, units: list[Unit], split: TokenizedSplit) -> float:
-    """Return the floating-point operations that the forwards of these units need, by the formula below the tables."""
-    matrices = sum(parameter.numel() for name, parameter in policy.named_parameters() if ".layers." in name and parameter.dim() == 2)
-    attended = completion_tokens = 0
-    for unit in units:
-        prompt, lengths = int(split.prompt_lengths[unit.prompt]), split.pair_lengths[list(unit.pairs)].astype(np.int64)
-        attended += prompt * (prompt + 1) // 2 + int((lengths * prompt + lengths * (lengths + 1) // 2).sum())
-        completion_tokens += int(lengths.sum())
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * attended
-    return 2 * matrices * sum(unit.tokens for unit in units) + attention + 2 * config.vocab_size * config.hidden_size * completion_tokens

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from transformers import Qwen3Config
 
-from benchmarks.gpu_model import PEAK_TFLOPS, QWEN3, SEED, SHAPES, TINY, Run, check_making, count_flops, device_name, make_policy, make_split, notice
+from benchmarks.gpu_model import QWEN3, SEED, SHAPES, TINY, Run, check_making, device_name, make_policy, make_split, notice
 from benchmarks.page import command_line, table, versions
 from kto_ds.config import ModelConfig, ReferenceConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.reference_work import Task, plan_shards, wanted_pairs
+from kto_ds.model.flops import forward_flops, model_shape, peak_flops
 from kto_ds.model.placement import GIB, Placement, working_bytes
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.runtime.collectives import World
@@ -79,7 +80,7 @@ def measure(run: Run, split: TokenizedSplit, seconds: float) -> Found:
     print(f"{run.name}: {sum(task.tokens for task in tasks):,} tokens in {spent:.1f} s", flush=True)  # the next shape may not fit
     units = [unit for task in tasks for unit in task.micro_batch]
     return Found(
-        run, serving, tasks, spent, count_flops(policy, run.config, units, split),
+        run, serving, tasks, spent, forward_flops(model_shape(policy, run.config), units, split).total,
         unshared_tokens=sum(int(split.prompt_lengths[unit.prompt] + split.pair_lengths[pair]) for unit in units for pair in unit.pairs),
         weight_bytes=sum(parameter.nbytes for parameter in policy.parameters()),
         peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
@@ -87,13 +88,15 @@ def measure(run: Run, split: TokenizedSplit, seconds: float) -> Found:
 
 
 def describe(found: list[Found], split: TokenizedSplit) -> str:
+    first = found[0].run
+    peak = peak_flops(first.device, first.model.dtype)
     rows = {
         "**tokens/s**": lambda name, one: f"**{sum(task.tokens for task in one.tasks) / one.seconds:,.0f}**",
         "target, tokens/s": lambda name, one: f"{TARGETS[one.run.name]:,}" if one.run.name in TARGETS else "",
         "tokens/s as counted without sharing prompts": lambda name, one: f"{one.unshared_tokens / one.seconds:,.0f}",
         "pairs/s": lambda name, one: f"{sum(task.num_pairs for task in one.tasks) / one.seconds:,.1f}",
         "TFLOP/s": lambda name, one: f"{one.flops / one.seconds / 1e12:.3g}",
-        f"of {PEAK_TFLOPS} TFLOP/s": lambda name, one: "" if one.peak_bytes is None else f"{one.flops / one.seconds / 1e12 / PEAK_TFLOPS:.1%}",
+        "of the device's rate": lambda name, one: f"{one.flops / one.seconds / peak:.1%}" if peak else "",
         "fill of micro-batches": lambda name, one: f"{sum(task.tokens for task in one.tasks) / (len(one.tasks) * one.run.max_tokens):.1%}",
         "memory at its peak": lambda name, one: "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.1f} GiB",
         "of this weights": lambda name, one: f"{one.weight_bytes / GIB:.1f} GiB",
@@ -101,13 +104,12 @@ def describe(found: list[Found], split: TokenizedSplit) -> str:
         "layout, attention": lambda name, one: f"{one.serving.layout}, {one.serving.backend}",
         "micro-batches, seconds": lambda name, one: f"{len(one.tasks):,}, {one.seconds:.1f}",
     }
-    first = found[0].run
     return f"""{command_line()}
 {notice(first.device)}
 {device_name(first.device)}, {versions("torch", "transformers")}. Weights {first.model.dtype}, micro-batches of at most {first.max_tokens:,} tokens.
 {split.num_examples:,} rows with {len(split.prompt_lengths):,} prompts. Mean tokens: prompt {split.prompt_lengths.mean():.0f}, completion {split.pair_lengths.mean():.0f}.
 
-{table({one.run.name: one for one in found}, str, rows)}
+{table([(one.run.name, one) for one in found], str, rows)}
 
 FLOP = 2 x weights of the layers' matrices x tokens + 4 x layers x query heads x head size x attended positions
 + 2 x vocabulary x hidden size x completion tokens.

@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,8 @@ def cores() -> str:
     return f"{os.cpu_count()} cores ({cpu_name()})"
 
 
-def table(columns: Mapping, name_of: Callable, rows: Mapping[str, Callable]) -> str:
-    """Return a Markdown table: a column for every key of `columns`, headed name_of(key); a row for every function of (key, value) in `rows`."""
-    lines = [f"| | {' | '.join(map(name_of, columns))} |", f"|---|{'---:|' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {what} | {' | '.join(cell(*column) for column in columns.items())} |" for what, cell in rows.items())])
+def table(columns: Iterable[tuple], name_of: Callable, rows: Mapping[str, Callable]) -> str:
+    """Return a Markdown table: a column for every (key, value), headed name_of(key); a row for every function of key and value in `rows`."""
+    columns = list(columns)
+    lines = [f"| | {' | '.join(name_of(key) for key, _ in columns)} |", f"|---|{'---:|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {what} | {' | '.join(cell(*column) for column in columns)} |" for what, cell in rows.items())])

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,20 @@ def in_fresh_process(function: Callable, *arguments):
     """Run a function of a module where nothing was imported, allocated or cached before. Unlike a pool's, such a process may have workers of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
+
+
+def in_fresh_ranks(num_ranks: int, function: Callable, *arguments) -> list:
+    """Run the function in as many processes as ranks of one run, each of one thread; return their results in rank order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return [future.result() for future in [executor.submit(_as_rank, rank, num_ranks, port, function, *arguments) for rank in range(num_ranks)]]
+
+
+def _as_rank(rank: int, num_ranks: int, port: int, function: Callable, *arguments):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return function(*arguments)
 
 
 class Meter:

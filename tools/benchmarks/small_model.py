@@ -55,7 +55,26 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def texts_of(rows: list[dict]) -> list[str]:
-    return [message["content"] for row in rows for message in row["messages"]]
+    """Return all texts of rows with messages, or of pairs with conversations, chosen and rejected."""
+    return [message["content"] for row in rows for message in row.get("messages", [])] + [
+        message["value"] for row in rows if "chosen" in row for message in (*row["conversations"], row["chosen"], row["rejected"])
+    ]
+
+
+def paired_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, count: int, *, low: float, high: float, max_length: int) -> list[dict]:
+    """Return the first `count` pairs whose prompt has `low` to `high` times as many tokens as its two completions on average; SystemExit when there are fewer."""
+    found = []
+    for row in rows:
+        prompt, *answers = (len(tokenizer(text)["input_ids"]) for text in (_joined(row), row["chosen"]["value"], row["rejected"]["value"]))
+        if low <= 2 * prompt / max(1, sum(answers)) <= high and prompt + max(answers) < 0.9 * max_length:  # the template adds a little
+            found.append(row)
+    if len(found) < count:
+        raise SystemExit(f"--num_rows: only {len(found)} pairs have a prompt of {low:g} to {high:g} times their completions' tokens")
+    return found[:count]
+
+
+def _joined(row: dict) -> str:
+    return "\n".join(message["value"] for message in row["conversations"])
 
 
 def distinct_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, count: int, max_length: int) -> list[dict]:

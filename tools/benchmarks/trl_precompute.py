@@ -154,7 +154,7 @@ def describe(options: argparse.Namespace, made: str, taken: int, found: dict[int
 {made}
 {num_rows} of {taken} rows of `{options.rows.name}` have a prompt below {options.max_length:,} tokens, the same on both sides. {options.repeats} repeats, in turn.
 
-{table(found, name_of, rows)}
+{table(found.items(), name_of, rows)}
 
 TRL with batches of {options.trl_batch_size}, as it trains: kto_ds is faster by {speeds[None] / speeds[options.trl_batch_size]:.2f}x. With batches of {best}, TRL's fastest here: {speeds[None] / speeds[best]:.2f}x.
 The log-probs of the {num_rows} matched pairs differ by at most {difference:.1e} of their value.

@@ -7,42 +7,19 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.own_train import STATE_BYTES, Trained, base_config, make_artifacts, train_ours
 from benchmarks.page import command_line, cores, table, versions
-from benchmarks.process import Meter, Spent, in_fresh_process, memory_bytes
-from benchmarks.small_model import SEED, distinct_rows, equal_rows, make_model, read_rows, texts_of
+from benchmarks.process import Meter, in_fresh_process, memory_bytes
+from benchmarks.small_model import distinct_rows, equal_rows, make_model, read_rows, texts_of
 
 LEARNING_RATE = 1e-5
 MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-5  # of a step's loss
-# Of a parameter in float32 training with Adam: weight, gradient, two moments.
-STATE_BYTES = 16
 SIDES = ("kto_ds", "TRL, reference precomputed", "TRL, default")
-
-
-class Trained(NamedTuple):
-    """One side's training loop."""
-
-    spent: Spent  # from its beginning to the log line of its last step
-    idle_bytes: int  # resident after the imports
-    num_weights: int
-    losses: list[float]  # of every step
-    grad_norms: list[float]
-    rows: list[bytes]  # in the order of training: ids of prompt and completion as int32
-    completion_tokens: int
-
-    @property
-    def policy_tokens(self) -> int:
-        return sum(len(ids) // 4 for ids in self.rows)
-
-    @property
-    def working_bytes(self) -> int:
-        """The most that was resident, less what is before the model and the least that training it takes."""
-        return self.spent.peak_bytes - self.idle_bytes - STATE_BYTES * self.num_weights
 
 
 def bench_train(options: argparse.Namespace) -> str:
@@ -52,7 +29,9 @@ def bench_train(options: argparse.Namespace) -> str:
         made = make_model(work / "model", texts_of(all_rows), hidden_size=options.hidden_size, num_layers=options.num_layers, max_length=options.max_length)
         rows = choose_rows(all_rows, work / "model", options)
         (work / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        ours = config_of(work, options)
+        # What makes a run of kto_ds the same as TRL's, all else at its defaults. A KL group of a whole batch pairs rows as TRL does.
+        ours = base_config(work, max_length=options.max_length, global_batch_size=options.batch_size, kl_group_size=options.batch_size, shuffle=False)
+        ours["optim"] |= {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM}
         in_fresh_process(make_artifacts, {**ours, "output_dir": str(work / "artefacts")})
         found: dict[str, list[Trained]] = {side: [] for side in SIDES}
         for repeat, side in itertools.product(range(options.repeats), found):
@@ -74,66 +53,6 @@ def choose_rows(all_rows: list[dict], model: Path, options: argparse.Namespace) 
     if options.equal_tokens:
         return equal_rows(all_rows, tokenizer, count, options.equal_tokens)
     return distinct_rows(all_rows, tokenizer, count, options.max_length)
-
-
-def config_of(work: Path, options: argparse.Namespace) -> dict:
-    """Return what makes a run of kto_ds the same as TRL's, all else at its defaults. A KL group of a whole batch pairs rows as TRL does."""
-    return {
-        "seed": SEED,
-        "model": {"path": str(work / "model"), "dtype": "float32"},
-        "data": {
-            "train": [{"path": str(work / "rows.json")}], "max_length": options.max_length, "artifact": str(work / "dataset"), "dataset_num_proc": 1,
-            "shuffle": False, "kl_group_size": options.batch_size,
-        },
-        "reference": {"artifact": str(work / "reference")},
-        "batch": {"global_batch_size": options.batch_size},
-        "optim": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": MAX_GRAD_NORM},
-    }  # fmt: skip
-
-
-def make_artifacts(config: dict) -> None:
-    from kto_ds.config import RunConfig
-    from kto_ds.stages import precompute_ref, prepare
-
-    run = RunConfig.model_validate(config)
-    prepare.main(run)
-    precompute_ref.main(run)
-
-
-def train_ours(config: dict) -> Trained:
-    from safetensors import safe_open
-
-    from kto_ds.config import RunConfig
-    from kto_ds.report.sinks import METRICS_FILE, MetricsFile, read_records
-    from kto_ds.runtime import collectives
-    from kto_ds.stages import train
-    from kto_ds.stages.inputs import open_dataset
-
-    torch.set_num_threads(1)
-    run, meter, idle_bytes, laps = RunConfig.model_validate(config), Meter(), memory_bytes("VmRSS"), []
-    loop, log = train._loop, MetricsFile.log
-
-    def metered_loop(*arguments):
-        meter.start()
-        loop(*arguments)
-
-    def metered_log(file, record):
-        log(file, record)
-        laps.append(meter.read())
-
-    train._loop, MetricsFile.log = metered_loop, metered_log
-    train.main(run)
-    records = read_records(run.output_dir / METRICS_FILE)
-    assert len(laps) == len(records), "the last lap must end with the last step, before its checkpoint"
-    split = open_dataset(run)[0]["train"]
-    collectives.stop()
-    with safe_open(Path(run.model.path) / "model.safetensors", framework="pt") as weights:
-        num_weights = sum(weights.get_tensor(name).numel() for name in weights.keys())
-    order = np.argsort(split.row_of)
-    rows = [np.concatenate([split.prompt(split.prompt_of[example]), split.completion(example)]).astype(np.int32).tobytes() for example in order]
-    return Trained(
-        laps[-1], idle_bytes, num_weights, [record["loss"] for record in records], [record["grad_norm"] for record in records], rows, int(split.matched_lengths.sum())
-    )
 
 
 def train_trl(rows: list[dict], model: str, output_dir: str, options: argparse.Namespace, precompute: bool) -> Trained:
@@ -168,7 +87,7 @@ def train_trl(rows: list[dict], model: str, output_dir: str, options: argparse.N
     return Trained(
         laps[-1], idle_bytes, sum(parameter.numel() for parameter in trainer.model.parameters()),
         [logs["loss"] for logs in records], [float(logs["grad_norm"]) for logs in records], [np.array(row, dtype=np.int32).tobytes() for row in ids],
-        sum(len(row) - len(prompt) for row, prompt in zip(ids, columns["prompt_ids"])),
+        sum(len(row) - len(prompt) for row, prompt in zip(ids, columns["prompt_ids"])), {},
     )  # fmt: skip
 
 
@@ -217,7 +136,7 @@ def describe(options: argparse.Namespace, made: str, found: dict[str, list[Train
 {len(lengths)} rows of `{options.rows.name}`, {cut}: {steps} steps of {options.batch_size}, {first.policy_tokens:,} policy tokens, {first.completion_tokens / first.policy_tokens:.0%} of them in completions. In TRL's batches
 {first.policy_tokens / padded:.0%} of the tokens are real. States: {STATE_BYTES * first.num_weights / mib:,.0f} MiB. {options.repeats} repeats, in turn.
 
-{table(found, lambda name: name, rows)}
+{table(found.items(), str, rows)}
 
 Between all of these runs the loss of a step differs by at most {differences[0]:.1e} of its value, the gradient norm by {differences[1]:.1e}.
 """
