@@ -1,6 +1,7 @@
 """Sub-commands and overrides: `kto-ds <command> --config RUN.yaml [--section.key value ...]`."""
 
 import argparse
+import difflib
 import importlib
 import json
 import os
@@ -56,8 +57,17 @@ class _Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
-            hint = nearest_key(key, as_option=True)
+            hint = _own_option_hint(self.prog.split()[-1], key) or nearest_key(key, as_option=True)
         raise UserError(message, where="command line", remedy=hint or f"{self.prog} --help lists the options")
+
+
+def _own_option_hint(command: str, option: str) -> str:
+    """Return a remedy where `option` is, or is nearly, one of those that a command has beside the config keys."""
+    for owner, options in OWN_OPTIONS.items():
+        if option in options and owner != command:
+            return f"--{option} is an option of kto-ds {owner}"
+    close = difflib.get_close_matches(option, OWN_OPTIONS.get(command, {}), n=1)
+    return f"did you mean --{close[0]}?" if close else ""
 
 
 def program() -> None:

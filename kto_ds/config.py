@@ -63,10 +63,17 @@ class LossConfig(Section):
     undesirable_weight: Weight = Field(1.0, description="lambda_U, weight of undesirable examples; auto: likewise")
     kl_fraction: Annotated[Positive, Field(le=1)] = Field(1.0, description="share of a step's KL groups that the reference point z is estimated from; less is faster and z noisier")
 
+    @field_validator("kl_fraction")
+    @classmethod
+    def _check_fraction(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1 and info.data.get("loss_type") == "apo_zero_unpaired":
+            raise ValueError("loss_type apo_zero_unpaired estimates no reference point; leave this key out")
+        return value
+
 
 class BatchConfig(Section):
     global_batch_size: Annotated[Count, Field(ge=2)] = Field(32, description="examples in one optimizer step, over all ranks")
-    max_tokens_per_microbatch: Count = Field(8192, description="token budget of one forward and backward on one rank")
+    max_tokens_per_microbatch: Count = Field(8192, description="token budget of one forward and backward on one rank; rows are filled up by 1/64 at most")
     max_tokens_per_scoring_microbatch: Count | None = Field(
         None, description="token budget of one forward without gradients on one rank, for mismatched pairs and evaluation; default twice max_tokens_per_microbatch"
     )

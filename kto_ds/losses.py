@@ -44,16 +44,17 @@ class ReferencePoint(NamedTuple):
     stderr: Tensor  # [] standard error of that mean
 
 
-def reference_point(logratios: Tensor, weights: Tensor | None = None) -> ReferencePoint:
+def reference_point(values: Tensor, weights: Tensor | None = None) -> ReferencePoint:
     """Return z of a whole step from the log-ratios [K] of its mismatched pairs, on all ranks; clamped after the mean (paper, section 4.1).
 
-    `weights` [K] float64 add up to 1; without them all pairs count alike. The error is that of pairs drawn one by one.
+    `weights` [K] float64 add up to 1; without them all count alike. Instead of pairs the values may be means of groups that were drawn whole,
+    so that the error is that of the draw. Of a single value no error can be told: it is NaN.
     """
-    values = logratios.detach().double()
+    values = values.detach().double()
     if weights is None:
         weights = torch.full_like(values, 1 / len(values))
     mean = (weights * values).sum()
-    effective = 1 / weights.square().sum()  # pairs; len(values) if they count alike
+    effective = 1 / weights.square().sum()  # values; len(values) if they count alike
     variance = (weights * (values - mean).square()).sum()
-    stderr = torch.where(effective > 1, (variance / (effective - 1)).sqrt(), 0.0)
+    stderr = torch.where(effective > 1, (variance / (effective - 1)).sqrt(), torch.nan)
     return ReferencePoint(kl=mean.clamp(min=0).float(), raw=mean.float(), stderr=stderr.float())

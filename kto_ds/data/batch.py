@@ -117,6 +117,10 @@ def _packed(rows: list[Row]) -> Batch:
         key_lengths.append(filling)
         key_index.append(np.arange(start, start + filling))
     shared = sum(key_lengths) > sum(query_lengths)
+    if shared and filling:  # the filling sees itself several times, so that the number of gathered keys is one of a few, too
+        surplus = row_length(sum(key_lengths)) - sum(key_lengths)
+        key_lengths[-1] += surplus
+        key_index.append(np.full(surplus, start))
     return Batch(
         input_ids=_tensor(tokens)[None],
         position_ids=_tensor(positions)[None],
@@ -155,7 +159,7 @@ def _padded(rows: list[Row]) -> Batch:
         predictors.append(np.arange(len(prompt) - 1, size - 1) + row * longest)
     return Batch(
         input_ids=input_ids,
-        position_ids=torch.arange(longest).expand(len(sequences), longest),
+        position_ids=torch.arange(longest).repeat(len(sequences), 1),  # not expanded: page-locked memory takes no overlapping rows
         attention_mask=attention_mask,
         segments=None,
         predictors=_tensor(predictors),

@@ -6,7 +6,6 @@ checkpoints to the bit, with decoder layers as leaf modules too, for every layer
 trace was thrown away; tests/distributed/test_split_invariance.py watches over one of these.
 """
 
-import math
 import weakref
 from functools import partial
 
@@ -34,9 +33,16 @@ def checkpoint_layers(lm: PreTrainedModel, *, every: int, offload: bool) -> None
         layer._gradient_checkpointing_func = run
 
 
-def checkpointed_share(model: ModelConfig, num_layers: int) -> float:
-    """Return the share of the decoder layers that run again in backward."""
-    return math.ceil(num_layers / model.gradient_checkpointing_every) / num_layers if model.gradient_checkpointing else 0.0
+def checkpointed_share(model: ModelConfig) -> float:
+    """Return the share of the decoder layers that run again in backward, as it is in a deep model."""
+    return 1 / model.gradient_checkpointing_every if model.gradient_checkpointing else 0.0
+
+
+def in_words(model: ModelConfig) -> str:
+    if not model.gradient_checkpointing:
+        return "no activation checkpointing"
+    which = "every layer" if model.gradient_checkpointing_every == 1 else f"one layer in {model.gradient_checkpointing_every}"
+    return f"activations of {which} checkpointed{', in host memory' if model.gradient_checkpointing_offload else ''}"
 
 
 def _run_offloaded(memory: "HostMemory", run, layer, *inputs):
@@ -69,7 +75,9 @@ class HostMemory:
         self.leaving: tuple[Tensor, torch.cuda.Event] | None = None  # the last input that was sent away
         self.latest: weakref.ref | None = None
 
-    def pack(self, tensor: Tensor) -> Waiting:
+    def pack(self, tensor: Tensor) -> Waiting | Tensor:
+        if not tensor.numel():  # some versions of torch save an empty one beside the inputs
+            return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         if tensor.is_cuda:
             self._let_go()
@@ -80,7 +88,9 @@ class HostMemory:
         self.latest = weakref.ref(waiting)
         return waiting
 
-    def unpack(self, waiting: Waiting) -> Tensor:
+    def unpack(self, waiting: Waiting | Tensor) -> Tensor:
+        if isinstance(waiting, Tensor):
+            return waiting
         if waiting.device.type != "cuda":
             return waiting.host
         self._let_go()

@@ -1,9 +1,10 @@
 """Floating-point operations that a step needs, and how fast a device could do them at best: the two sides of MFU.
 
 A multiplication with its addition counts as two operations. Counted are the layers' matrices, causal attention and the head on completion
-tokens; neither padding nor what is computed twice. A backward is two forwards (PaLM, arXiv 2204.02311, appendix B).
+tokens, but not padding. A backward is two forwards (PaLM, arXiv 2204.02311, appendix B).
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Unit
 from kto_ds.model.policy import Policy
 
-# Dense bfloat16 rates in FLOP/s as NVIDIA's data sheets give them, by a part of the device's name; of several that fit, the first.
+# Dense bfloat16 rates in FLOP/s as NVIDIA's data sheets give them, by words of the device's name; of several that fit, the first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12,
     "GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12,
@@ -42,18 +43,22 @@ class Flops(NamedTuple):
         return self.layers + self.head
 
 
-def model_shape(policy: Policy, config: PretrainedConfig) -> ModelShape:
-    entries = config.to_dict()
+def model_shape(policy: Policy, config: PretrainedConfig) -> ModelShape | None:
+    """Return the shape, None for a model that is not made of attention heads or does not mark its layers."""
     layers = policy.decoder_layers
+    # As attributes, not as entries: some families have names of their own, which transformers maps.
+    heads, hidden_size = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not (layers and isinstance(heads, int) and hidden_size):
+        return None
     # A partitioned parameter has no shape of its own; DeepSpeed notes it.
     shapes = [vars(parameter).get("ds_shape", parameter.shape) for layer in layers for parameter in layer.parameters()]
-    heads = entries["num_attention_heads"]
-    kinds = entries.get("layer_types") or ["full_attention"] * len(layers)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
     return ModelShape(
         layer_weights=sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2),
-        windows=tuple(entries.get("sliding_window") if kind == "sliding_attention" else None for kind in kinds),
-        attention_width=heads * (entries.get("head_dim") or entries["hidden_size"] // heads),
-        head_weights=entries["vocab_size"] * entries["hidden_size"],
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        attention_width=heads * (getattr(config, "head_dim", None) or hidden_size // heads),
+        head_weights=config.vocab_size * hidden_size,
     )
 
 
@@ -83,5 +88,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Return the device's rate in FLOP/s, None where it is not known: off CUDA, for other devices, and for other dtypes than bfloat16."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    return rate_of(torch.cuda.get_device_name(device))
+
+
+def rate_of(device_name: str) -> float | None:
+    words = set(re.split(r"[\s-]+", device_name))
+    return next((rate for model, rate in PEAK_FLOPS.items() if words >= set(model.split())), None)

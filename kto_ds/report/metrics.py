@@ -18,21 +18,22 @@ class StepResult(NamedTuple):
     desirable: np.ndarray  # [E] bool
     kl: float  # z, the reference point the loss used
     kl_raw: float  # before the clamp at 0
-    kl_stderr: float
+    kl_stderr: float  # NaN where it cannot be told
 
 
 def kto_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     """Return the means over all examples of `results`; a label without examples is left out, never NaN or 0.
 
-    `kl` is the mean over the steps, since each step has one reference point.
+    `kl` is the mean over the steps, since each step has one reference point. An error of the reference point that no step could tell is left out too.
     """
     losses, rewards, logps, desirable = (np.concatenate([result[index] for result in results]).astype(column) for index, column in enumerate((float, float, float, bool)))
     metrics = {
         "loss": float(losses.mean()),
         "kl": float(np.mean([result.kl for result in results])),
         "kl_raw": float(np.mean([result.kl_raw for result in results])),
-        "kl_stderr": float(np.mean([result.kl_stderr for result in results])),
     }
+    if errors := [result.kl_stderr for result in results if not np.isnan(result.kl_stderr)]:
+        metrics["kl_stderr"] = float(np.mean(errors))
     for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
         metrics[f"count/{name}"] = int(chosen.sum())
         if chosen.any():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 GIB = 1024**3
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage(2) counts in KiB on Linux, in bytes on macOS
@@ -77,9 +78,14 @@ class StepTimer:
         self._clock = clock
         self._marks = [("host", clock.now())]  # (phase, when it began)
         self._work = Work(0, 0.0, 0.0)
+        self._range = record_function("host")  # names the phase in a profile
+        self._range.__enter__()
 
     def begin(self, phase: str) -> None:
         self._marks.append((phase, self._clock.now()))
+        self._range.__exit__(None, None, None)
+        self._range = record_function(phase)
+        self._range.__enter__()
 
     def add(self, work: Work) -> None:
         self._work = Work(*(sum(amounts) for amounts in zip(self._work, work)))
@@ -97,11 +103,12 @@ class StepTimer:
 
 
 def speed_metrics(lap: Lap, *, num_steps: int, num_ranks: int, peak_flops: float | None) -> dict[str, float]:
-    """Return what metrics.jsonl says about a lap of `num_steps` steps. MFU and HFU only where the device's rate is known."""
+    """Return what metrics.jsonl says about a lap of `num_steps` steps: TFLOP/s where operations were counted, MFU and HFU where the device's rate is known."""
     metrics = {"tokens_per_second": lap.per_second(lap.work.tokens), "seconds": lap.seconds / num_steps}
     metrics |= {f"seconds/{phase}": seconds / num_steps for phase, seconds in lap.seconds_of.items()}
-    metrics["tflops"] = lap.per_second(lap.work.model_flops) / num_ranks / 1e12
-    if peak_flops:
+    if lap.work.model_flops:
+        metrics["tflops"] = lap.per_second(lap.work.model_flops) / num_ranks / 1e12
+    if lap.work.model_flops and peak_flops:
         metrics["mfu"] = lap.per_second(lap.work.model_flops) / num_ranks / peak_flops
         metrics["hfu"] = lap.per_second(lap.work.hardware_flops) / num_ranks / peak_flops
     return metrics
@@ -117,6 +124,7 @@ def summary(lap: Lap, peaks_gib: list[float], *, peak_flops: float | None) -> st
     speed = speed_metrics(lap, num_steps=1, num_ranks=len(peaks_gib), peak_flops=peak_flops)
     shares = ", ".join(f"{phase} {lap.seconds_of[phase] / lap.seconds:.0%}" for phase in PHASES)
     lowest, highest = min(peaks_gib), max(peaks_gib)
-    used = f", MFU {speed['mfu']:.1%}, HFU {speed['hfu']:.1%}" if peak_flops else ""
+    rate = f", {speed['tflops']:.3g} TFLOP/s a rank" if "tflops" in speed else ""
+    used = f", MFU {speed['mfu']:.1%}, HFU {speed['hfu']:.1%}" if "mfu" in speed else ""
     memory = f"{highest:.2f} GiB at the peak" if len(peaks_gib) == 1 else f"{lowest:.2f} to {highest:.2f} GiB at the peak on each rank"
-    return f"{lap.work.tokens:,} tokens in {lap.seconds:,.1f} s: {speed['tokens_per_second']:,.0f} tokens/s, {speed['tflops']:.3g} TFLOP/s a rank{used}; {memory}; {shares}"
+    return f"since this start {lap.work.tokens:,} tokens in {lap.seconds:,.1f} s: {speed['tokens_per_second']:,.0f} tokens/s{rate}{used}; {memory}; {shares}"

@@ -98,7 +98,8 @@ def gather_by_layer(completed: dict, *, layer_numel: int) -> dict:
     """
     two_layers = max(DEEPSPEED_LIVE_NUMEL, 2 * layer_numel)
     derived = {"stage3_prefetch_bucket_size": layer_numel, "stage3_max_live_parameters": two_layers, "stage3_max_reuse_distance": two_layers}
-    return {**completed, "zero_optimization": {**derived, **completed["zero_optimization"]}}
+    given = {key: value for key, value in completed["zero_optimization"].items() if value != "auto"}  # which DeepSpeed would take for its own default
+    return {**completed, "zero_optimization": {**derived, **given}}
 
 
 def offloads_parameters(raw: dict) -> bool:

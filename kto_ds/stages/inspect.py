@@ -21,6 +21,7 @@ from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
+from kto_ds.data.kl_sample import sample_groups
 from kto_ds.data.packing import Layout, MicroBatch, require_fit
 from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shard, read_shards
 from kto_ds.data.reference_work import needed_pairs
@@ -75,7 +76,7 @@ def main(config: RunConfig, *, split: str, num_rows: int, step: int, num_ranks: 
     heading(console, f"{split}: step {step:,} of {num_steps:,}, {count_of(len(examples), 'example')} on {count_of(num_ranks, 'rank')}, layout {layout}")
     if notice:
         console.print(Text(f"notice: {notice}"), soft_wrap=True)
-    _show_step(console, config, splits[split], examples, layout=layout, num_ranks=num_ranks)
+    _show_step(console, config, splits[split], step, examples, layout=layout, num_ranks=num_ranks)
     console.print(Text(f"\npicture of the lengths: {in_one_line(str(_draw(config, split, splits)))}"), soft_wrap=True)
 
 
@@ -249,12 +250,11 @@ def cut_of(split: TokenizedSplit, example: int, eos_id: int | None, data: DataCo
     return "at the limit: cut?" if at_limit and data.truncation_mode not in ("drop", "error") and completion[-1] != eos_id else "whole"
 
 
-def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examples: np.ndarray, *, layout: Layout, num_ranks: int) -> None:
-    batch = config.batch
-    passes = (
-        ("policy pass, matched pairs", examples, batch.max_tokens_per_microbatch),
-        ("KL pass, mismatched pairs", split.mismatched_pairs(examples), batch.scoring_tokens),
-    )
+def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, step: int, examples: np.ndarray, *, layout: Layout, num_ranks: int) -> None:
+    sample = sample_groups(split.kl_group_of[examples], fraction=config.loss.kl_fraction, seed=config.seed, step=step)
+    mismatched = split.mismatched_pairs(examples[sample.places])
+    of_all = f" of {len(np.unique(split.kl_group_of[examples]))} KL groups, of which loss.kl_fraction draws {len(sample.weights)}" if sample.averages is not None else ""
+    passes = [("policy pass, matched pairs", examples, config.batch.max_tokens_per_microbatch), (f"KL pass, mismatched pairs{of_all}", mismatched, config.batch.scoring_tokens)]
     for title, pairs, max_tokens in passes:
         if pairs is not examples and config.loss.loss_type != "kto":
             console.print(Text(f"\nno KL pass: {config.loss.loss_type} holds the reference point at 0"))
@@ -268,7 +268,7 @@ def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, examp
         if saved := alone - sum(fill.tokens for fill in fills):
             console.print(Text(f"shared prompts save {saved:,} of {alone:,} tokens ({saved / alone:.0%})"))
     try:
-        require_fit(split.longest_pair_tokens, batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
+        require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
     except UserError as error:
         console.print(Text(f"\nnotice: train will refuse this split. {error}"), soft_wrap=True)
 

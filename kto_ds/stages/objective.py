@@ -57,7 +57,9 @@ def train_step(
         mismatched = split.mismatched_pairs(work.kl_examples)  # [M]
         mismatched_logps = logps_of(engine, work.kl_batches, mismatched, device)
         mismatched_references = to_device(torch.from_numpy(reference_logps[mismatched]), device)
-        point = reference_point(mismatched_logps - mismatched_references, to_device(torch.from_numpy(work.kl.weights), device))
+        logratios = (mismatched_logps - mismatched_references).double()
+        values = logratios if work.kl.averages is None else to_device(torch.from_numpy(work.kl.averages), device) @ logratios
+        point = reference_point(values, to_device(torch.from_numpy(work.kl.weights), device))
     kl = point.kl.to(device)
 
     timer.begin("policy")

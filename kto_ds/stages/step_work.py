@@ -42,7 +42,7 @@ class StepPlanner(NamedTuple):
     kl_fraction: float  # of a step's KL groups that phase A scores; 0 without phase A
     training: Sharding
     scoring: Sharding  # without gradients, hence with more room
-    shape: ModelShape
+    shape: ModelShape | None  # None where operations cannot be counted
     recomputed_layers: float  # share of the decoder layers that run forward again in backward
 
     def ahead(self, done: int) -> Iterator[StepWork]:
@@ -67,12 +67,14 @@ class StepPlanner(NamedTuple):
 
     def _cost(self, examples: np.ndarray, kl_units: list[Unit], policy_units: list[Unit]) -> Work:
         """Return what the step takes on all ranks: a forward of the mismatched pairs, and of the matched ones a forward and a backward worth two."""
+        tokens = int((self.split.prompt_lengths[self.split.prompt_of[examples]] + self.split.matched_lengths[examples]).sum())
+        if self.shape is None:
+            return Work(tokens, 0.0, 0.0)
         policy, kl = (forward_flops(self.shape, units, self.split) for units in (policy_units, kl_units))
         model_flops = 3 * policy.total + kl.total
         # The head computes its logits again in backward, the layers their activations where these were not kept.
         recomputed = policy.head + self.recomputed_layers * policy.layers
-        tokens = self.split.prompt_lengths[self.split.prompt_of[examples]] + self.split.matched_lengths[examples]
-        return Work(int(tokens.sum()), model_flops, model_flops + recomputed)
+        return Work(tokens, model_flops, model_flops + recomputed)
 
 
 def _units(shares: list[list[MicroBatch]]) -> list[Unit]:

@@ -13,14 +13,14 @@ from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import FILES, TokenizedSplit
 from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
-from kto_ds.model.checkpointing import checkpointed_share
+from kto_ds.model.checkpointing import checkpointed_share, in_words
 from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_trainable
 from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.report.plots import plot_metrics
-from kto_ds.report.profiling import StepProfiler
+from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
@@ -41,9 +41,24 @@ class Inputs(NamedTuple):
 
     splits: dict[str, TokenizedSplit]
     reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
+    reference_way: tuple[str, str]  # the kernels that scored them: of attention, of all else
     plan: BatchPlan
     loss: LossConfig  # with numbers as weights
     record: dict  # what a resume must find unchanged
+
+
+class Run(NamedTuple):
+    """What the loop and all around it use."""
+
+    config: RunConfig
+    world: World
+    inputs: Inputs
+    engine: Engine
+    planner: StepPlanner
+
+    @property
+    def checkpoints(self) -> Path:
+        return _checkpoints(self.config)
 
 
 def main(config: RunConfig, profile: bool = False) -> None:
@@ -60,14 +75,17 @@ def main(config: RunConfig, profile: bool = False) -> None:
         serving = choose_serving(config.model, model_config, world.device)
         inputs = _open_inputs(config)
         checkpoint = _find_checkpoint(config, inputs, world, zero_stage(deepspeed_config))
-        on_main_rank(lambda: _write_config(config))
+        if checkpoint is None or checkpoint.step < inputs.plan.num_steps:
+            on_main_rank(lambda: _write_config(config))
+        if profile:
+            on_main_rank(lambda: make_room(config.output_dir))
         engine, shape = _build_engine(config, model_config, serving, deepspeed_config, inputs)
-        planner = _plan_steps(config, inputs, serving, world, shape)
-        done = _resume_or_start(engine, config, inputs, planner, world, checkpoint)
-        sinks = _open_sinks(config, inputs, serving, engine, world, done)
+        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape))
+        done = _resume_or_start(run, checkpoint)
+        sinks = _open_sinks(run, serving, done)
         try:
             with StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
-                laps = _loop(engine, config, inputs, planner, world, status, sinks, profiler, done)
+                laps = _loop(run, status, sinks, profiler, done)
         finally:
             sinks.close()
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
@@ -79,10 +97,9 @@ def main(config: RunConfig, profile: bool = False) -> None:
     barrier()
 
 
-def _loop(
-    engine: Engine, config: RunConfig, inputs: Inputs, planner: StepPlanner, world: World, status: RunStatus, sinks: Sinks, profiler: StepProfiler, done: int
-) -> list[Lap]:
+def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, done: int) -> list[Lap]:
     """Train from step `done` + 1 to the end and return what every log line took."""
+    config, world, inputs, engine, planner = run
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepResult] = []  # steps since the last log line
     laps: list[Lap] = []
@@ -92,12 +109,9 @@ def _loop(
 
     for work in planner.ahead(done):
         step, learning_rate = work.step, engine.learning_rate
-        result, grad_norm = train_step(
-            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer
-        )
+        result, grad_norm = train_step(engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer)
         window.append(result)
         timer.add(work.cost)
-        profiler.after_step()
         is_last = step == plan.num_steps
 
         # once in a while: log
@@ -110,6 +124,8 @@ def _loop(
             window.clear()
 
         timer.begin("paused")
+        profiler.after_step()
+
         # once in a while: evaluate
         if is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0:
             for name in evaluation_splits(inputs.splits):
@@ -118,7 +134,7 @@ def _loop(
 
         # once in a while: save
         if is_last or step % config.checkpoint.save_steps == 0:
-            save_checkpoint(engine, _checkpoints(config), step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world)
+            save_checkpoint(engine, run.checkpoints, step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world)
 
         timer.begin("host")
     return laps
@@ -143,10 +159,13 @@ def _open_inputs(config: RunConfig) -> Inputs:
         "reference model": reference_manifest["identity"]["reference model"],
         "reference dtype": reference_manifest["identity"]["dtype"],
     }
-    return Inputs(splits, reference_logps, plan, loss, record)
+    reference_way = reference_manifest["attention"], reference_manifest["kernels"]
+    return Inputs(splits, reference_logps, reference_way, plan, loss, record)
 
 
-def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs) -> tuple[Engine, ModelShape]:
+def _build_engine(
+    config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs
+) -> tuple[Engine, ModelShape | None]:
     require_same_weights(config.model)
     policy = load_policy(
         config.model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels,
@@ -156,12 +175,11 @@ def _build_engine(config: RunConfig, model_config: PretrainedConfig, serving: Se
     return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps), shape
 
 
-def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: World, shape: ModelShape) -> StepPlanner:
+def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: World, shape: ModelShape | None) -> StepPlanner:
     training = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     return StepPlanner(
         inputs.splits["train"], inputs.plan, config.seed, kl_fraction=config.loss.kl_fraction if config.loss.loss_type == "kto" else 0.0, training=training,
-        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape,
-        recomputed_layers=checkpointed_share(config.model, len(shape.windows)),
+        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape, recomputed_layers=checkpointed_share(config.model),
     )  # fmt: skip
 
 
@@ -177,39 +195,47 @@ def _find_checkpoint(config: RunConfig, inputs: Inputs, world: World, stage: int
     return checkpoint
 
 
-def _resume_or_start(engine: Engine, config: RunConfig, inputs: Inputs, planner: StepPlanner, world: World, checkpoint: Checkpoint | None) -> int:
+def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> int:
     """Return the number of steps already done: those of the checkpoint, or 0."""
-    engine.warm_up(planner.training.batch([], inputs.splits["train"]).to(engine.device))
+    config, engine = run.config, run.engine
+    engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device))
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: [set_aside(path) for path in (_checkpoints(config), config.output_dir / METRICS_FILE)])
+        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, config.output_dir / METRICS_FILE)])
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint)
         return checkpoint.step
-    _look_at_drift(engine, config, inputs, planner.scoring, world)
+    _look_at_drift(run)
     return 0
 
 
-def _look_at_drift(engine: Engine, config: RunConfig, inputs: Inputs, sharding: Sharding, world: World) -> None:
+def _look_at_drift(run: Run) -> None:
     """Measure how far policy and reference are apart before the first update; beyond rounding is an error where they are the same model."""
+    config, inputs = run.config, run.inputs
     train, examples = inputs.splits["train"], inputs.plan.examples_of(1)
     pairs = np.concatenate([examples, train.mismatched_pairs(examples)]) if config.loss.loss_type == "kto" else examples
     dtypes = {config.model.dtype, config.reference.dtype or config.model.dtype}
-    drift = measure_drift(engine, train, inputs.reference_logps["train"], pairs, dtypes=dtypes, sharding=sharding)
-    if world.is_main:
+    drift = measure_drift(run.engine, train, inputs.reference_logps["train"], pairs, dtypes=dtypes, sharding=run.planner.scoring)
+    if run.world.is_main:
         print(f"policy and reference before the first update differ by {drift}", flush=True)
     if config.starts_from_reference:
         require_no_drift(drift, config.reference_dir)
 
 
-def _open_sinks(config: RunConfig, inputs: Inputs, serving: Serving, engine: Engine, world: World, done: int) -> Sinks:
+def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
+    """Say what begins, and open what the run writes to."""
+    config, world, inputs = run.config, run.world, run.inputs
     if not world.is_main:
         return Sinks([])
     plan, train = inputs.plan, inputs.splits["train"]
     begin = "nothing left to do" if done == plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
     print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
-          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
+          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {run.engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
+    print(f"micro-batches of {config.batch.max_tokens_per_microbatch:,} tokens, {config.batch.scoring_tokens:,} without gradients; {in_words(config.model)}", flush=True)
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)
+    if (serving.backend, serving.kernels) != inputs.reference_way:
+        theirs, ours = " and ".join(inputs.reference_way), f"{serving.backend} and {serving.kernels}"
+        print(f"notice: the reference was scored with {theirs} kernels, the policy runs with {ours}: rewards begin with the rounding between them", flush=True)
     if inputs.loss != config.loss:
         print(f"automatic weights: {weights_line(inputs.loss)}", flush=True)
     run_config = config.model_copy(update={"loss": inputs.loss}).model_dump(mode="json")

@@ -96,7 +96,7 @@ def test_one_process_group_of_runs(prepared):
     """What needs two ranks but no process of its own: the trace, a profile, a sampled reference point, bfloat16 at every stage."""
     plain = {"checkpoint__resume": "never"}
     commands = [
-        ["train", *config_of(prepared, output_dir=prepared / "trace1", train__max_steps=1, **plain)],
+        ["train", *config_of(prepared, output_dir=prepared / "trace1", train__max_steps=1, **plain), "--profile"],
         ["train", *config_of(prepared, output_dir=prepared / "trace5", train__max_steps=5, report__wandb__mode="offline", **plain), "--profile"],
         ["train", *config_of(prepared, output_dir=prepared / "fraction", train__max_steps=5, loss__kl_fraction=0.5, **plain)],
         *(
@@ -108,6 +108,7 @@ def test_one_process_group_of_runs(prepared):
     run_commands(prepared, [["precompute-ref", *config_of(prepared, model__dtype="bfloat16", reference__artifact=prepared / "reference_bf16")]], num_ranks=1)
     one, five, fraction, *_ = run_commands(prepared, commands, num_ranks=2)
     assert fraction["invalidations"] == five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
+    assert not (prepared / "trace1" / "profile" / "rank0.json.gz").exists(), "no step was recorded"
     require_profile_of_three_steps(prepared / "trace5" / "profile" / "rank0.json.gz")
     require_sampled_reference_points(read_metrics(prepared / "fraction"), read_metrics(prepared / "trace5"))
 
@@ -125,7 +126,7 @@ def test_one_process_group_of_runs(prepared):
 def require_profile_of_three_steps(path: Path) -> None:
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert {event["name"] for event in events if event["name"].startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
-    assert any(event["name"] == "aten::mm" for event in events)
+    assert {"aten::mm", "kl", "policy", "update"} <= {event["name"] for event in events}
 
 
 def require_sampled_reference_points(sampled: list[dict], whole: list[dict]) -> None:

@@ -97,11 +97,13 @@ def test_what_fills_a_row_up_sees_only_itself_and_nobody_sees_it(layout):
         assert batch.input_ids.shape == batch.position_ids.shape == (1, row_length(tokens)) and (batch.predictors < tokens).all()
         assert segments.query_offsets[-1] == length and batch.completion_lengths.sum() == len(batch.targets)
         key_index = torch.arange(length) if segments.key_index is None else segments.key_index
-        assert (key_index >= tokens).sum() == length - tokens
+        assert key_index[: segments.key_offsets[-2]].max() < tokens or length == tokens
+        assert length == tokens or segments.key_index is None or len(key_index) == row_length(len(key_index))
         if length > tokens:
             filled += 1
-            assert segments.query_lengths[-1] == segments.key_lengths[-1] == length - tokens
-            assert key_index[segments.key_offsets[-2] :].tolist() == list(range(tokens, length)) == list(range(int(segments.query_offsets[-2]), length))
+            own = list(range(tokens, length))
+            assert segments.query_lengths[-1] == len(own) <= segments.key_lengths[-1] and own == list(range(int(segments.query_offsets[-2]), length))
+            assert key_index[segments.key_offsets[-2] :].unique().tolist() == own
             assert batch.position_ids[0, tokens:].tolist() == list(range(length - tokens))
     assert filled > 1
 
@@ -158,3 +160,13 @@ def test_lengths_are_those_after_truncation():
     assert split.pair_prompts.tolist() == [0, 1, 1, 0] and split.pair_lengths.tolist() == [2, 3, 5, 2]
     assert [split.completion(pair).tolist() for pair in range(4)] == [[5, 6], [7, 8, 7], [5, 6, 7, 8, 5], [7, 8]]
     assert split.longest_pair_tokens == 6
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
+def test_no_tensor_overlaps_itself(layout):
+    """A tensor whose rows are one place in memory, as expand makes it, cannot be copied to page-locked memory."""
+    split = random_split(3, num_prompts=9)
+    for micro_batch in micro_batches_of(split, layout, max_tokens=400):
+        batch = make_batch(micro_batch, split, layout)
+        for tensor in (batch.input_ids, batch.position_ids, batch.predictors, batch.targets, batch.completion_lengths):
+            assert all(stride > 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape))

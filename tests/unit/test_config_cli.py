@@ -126,6 +126,14 @@ def test_options_are_not_abbreviated(capsys, tmp_path):
     assert "did you mean loss.beta?" in refused(capsys, tmp_path, "", "--loss.bet", "0.5")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "hint"),
+    [("prepare", "--profile", "--profile is an option of kto-ds train"), ("train", "--profil", "did you mean --profile?"), ("inspect", "--num_row", "did you mean --num_rows?")],
+)
+def test_an_option_of_a_command_is_told_from_the_keys(capsys, tmp_path, command, option, hint):
+    assert hint in refused(capsys, tmp_path, "", option, command=command)
+
+
 def test_every_key_is_nearest_to_itself():
     assert all(nearest_key(key) == f"did you mean {key}?" for key in known_keys())
 
@@ -157,6 +165,7 @@ def test_several_mistakes_are_told_at_once(capsys, tmp_path):
         ("optim: {learning_rate: .inf}\n", ["optim.learning_rate", "finite"]),
         ("loss: {beta: true}\n", ["loss.beta", "not true or false", "found True"]),
         ("loss: {beta: null}\n", ["loss.beta", "found None"]),
+        ("loss: {loss_type: apo_zero_unpaired, kl_fraction: 0.5}\n", ["loss.kl_fraction", "estimates no reference point"]),
         ("loss: {loss_type: dpo}\n", ["loss.loss_type", "'kto' or 'apo_zero_unpaired'", "'dpo'"]),
         ("loss: 3\n", ["loss: expected a section with keys such as loss_type; found 3", "remedy: write loss: {loss_type: ...}; the section has "]),
         ("checkpoint: {save_steps: true}\n", ["checkpoint.save_steps", "not true or false"]),

@@ -144,7 +144,7 @@ def test_every_moment_belongs_to_a_phase_and_pauses_to_none():
 def test_the_summary_says_speed_memory_and_where_the_time_went():
     laps = [Lap({"kl": 1.0, "policy": 5.0, "update": 1.5, "host": 0.0}, Work(1000, 4e12, 5e12)), Lap({"kl": 1.0, "policy": 1.0, "update": 0.0, "host": 0.5}, Work(500, 1e12, 1e12))]
     text = summary(sum_of_laps(laps), [1.25, 3.5], peak_flops=1e12)
-    assert text == "1,500 tokens in 10.0 s: 150 tokens/s, 0.25 TFLOP/s a rank, MFU 25.0%, HFU 30.0%; 1.25 to 3.50 GiB at the peak on each rank; kl 20%, policy 60%, update 15%, host 5%"
+    assert text == "since this start 1,500 tokens in 10.0 s: 150 tokens/s, 0.25 TFLOP/s a rank, MFU 25.0%, HFU 30.0%; 1.25 to 3.50 GiB at the peak on each rank; kl 20%, policy 60%, update 15%, host 5%"
     assert "MFU" not in summary(sum_of_laps(laps), [1.25], peak_flops=None)
 
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from kto_ds.data.ahead import ahead
 from kto_ds.data.batch_plan import plan_batches
@@ -13,7 +13,7 @@ from kto_ds.data.kl_sample import sample_groups
 from kto_ds.data.packing import make_units
 from kto_ds.data.sharding import Sharding
 from kto_ds.losses import reference_point
-from kto_ds.model.flops import ModelShape, forward_flops, model_shape, peak_flops
+from kto_ds.model.flops import ModelShape, forward_flops, model_shape, peak_flops, rate_of
 from kto_ds.model.policy import Policy
 from kto_ds.stages.step_work import StepPlanner
 from tests.unit.splits import make_split
@@ -32,7 +32,9 @@ def test_the_sampled_mean_is_without_bias(sizes, fraction):
         assert sample.weights.sum() == pytest.approx(1) and (sample.weights > 0).all() and (np.diff(sample.places) > 0).all()
         groups = np.unique(group_of[sample.places])
         assert len(sample.places) == np.isin(group_of, groups).sum(), "a group is scored whole"
-        estimates.append(sample.weights @ values[sample.places])
+        means = sample.averages @ values[sample.places]
+        assert means == pytest.approx([values[group_of == group].mean() for group in groups])
+        estimates.append(sample.weights @ means)
         drawn.append(len(groups))
     error = np.std(estimates) / np.sqrt(len(estimates))
     assert np.mean(estimates) == pytest.approx(values.mean(), abs=4 * error + 1e-9)
@@ -41,7 +43,7 @@ def test_the_sampled_mean_is_without_bias(sizes, fraction):
 
 def test_a_whole_sample_counts_all_pairs_alike():
     sample = sample_groups(np.array([3, 3, 5, 8]), fraction=1.0, seed=0, step=1)
-    assert sample.places.tolist() == [0, 1, 2, 3] and sample.weights.tolist() == [0.25] * 4
+    assert sample.places.tolist() == [0, 1, 2, 3] and sample.weights.tolist() == [0.25] * 4 and sample.averages is None
 
 
 def test_the_sample_hangs_on_seed_and_step():
@@ -50,12 +52,26 @@ def test_the_sample_hangs_on_seed_and_step():
     assert draw(0, 1) == draw(0, 1) and len({tuple(draw(seed, step)) for seed in (0, 1) for step in range(1, 9)}) > 2
 
 
-def test_the_error_of_a_sample_is_that_of_its_pairs():
+def test_weighted_values_have_the_error_of_as_many_even_ones():
     logratios = torch.tensor([1.0, 4.0, -2.0, 0.5])
     even, plain = reference_point(logratios, torch.full((4,), 0.25, dtype=torch.float64)), reference_point(logratios)
     assert even == plain and float(plain.stderr) == pytest.approx(logratios.std().item() / 2)
     weighted = reference_point(logratios, torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64))
     assert float(weighted.raw) == pytest.approx(0.4 + 1.6 - 0.2 + 0.05) and float(weighted.stderr) > 0
+
+
+def test_the_error_of_a_sample_is_that_of_groups_drawn_whole():
+    """Pairs of a group are alike, so that drawing pairs one by one would err less. Many groups, of which few are drawn."""
+    rng = np.random.default_rng(2)
+    group_of = np.repeat(np.arange(64), 8)
+    values = (rng.normal(0, 1, 64)[group_of] + rng.normal(0, 1, 512)) / np.sqrt(2)
+    estimates, errors = [], []
+    for step in range(500):
+        sample = sample_groups(rng.permutation(64)[group_of], fraction=0.125, seed=0, step=step)  # in random order, as systematic draws hang on it
+        point = reference_point(torch.from_numpy(sample.averages @ values[sample.places]), torch.from_numpy(sample.weights))
+        estimates.append(float(point.raw))
+        errors.append(float(point.stderr))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(estimates), rel=0.15)
 
 
 # one item ahead
@@ -167,3 +183,21 @@ def test_the_shape_of_a_model():
     shape = model_shape(Policy(Qwen3ForCausalLM(config)), config)
     assert shape == ModelShape(layer_weights=3 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48), windows=(None,) * 3, attention_width=64, head_weights=3200)
     assert peak_flops(torch.device("cpu"), "bfloat16") is None
+
+
+def test_families_with_names_of_their_own_windows_and_none_of_it():
+    gpt2 = GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4)
+    assert model_shape(Policy(GPT2LMHeadModel(gpt2)), gpt2) == ModelShape(2 * 12 * 32 * 32, (None, None), 32, 3200)
+    mistral = MistralConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, sliding_window=7)
+    assert model_shape(Policy(MistralForCausalLM(mistral)), mistral).windows == (7, 7)
+    mamba = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2)
+    assert model_shape(Policy(MambaForCausalLM(mamba)), mamba) is None
+
+
+@pytest.mark.parametrize(
+    "name, rate",
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GB200", 2500e12), ("NVIDIA H20", 148e12),
+     ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090", None)],
+)  # fmt: skip
+def test_the_rate_of_a_device_goes_by_whole_words(name, rate):
+    assert rate_of(name) == rate
