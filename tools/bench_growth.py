@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     settings = {
-        growth: ("longer rows, larger steps", "kto_en_demo.json", "growth.md", 8),
+        growth: ("longer rows, larger steps", "kto_en_demo.json", "growth.md", 16),
         ranks: ("one rank and two", "kto_en_demo.json", "growth.md", 16),
         layouts: ("packed and prefix_shared", "dpo_en_demo.json", "cpu.md", 16),
     }
@@ -41,7 +41,8 @@ def main() -> None:
         command.add_argument("--print_only", action="store_true", help="leave the file as it is")
         command.set_defaults(measure=measure)
         if measure is growth:
-            command.add_argument("--tokens", type=int, default=256, help="of a row at 1x, half of them in the answer")
+            command.add_argument("--tokens", type=int, default=128, help="of a row at 1x, half of them in the answer")
+            command.add_argument("--max_tokens_per_microbatch", type=int, default=1152, help="small, so that the step of 1x fills it; a row of 8x must fit")
         else:
             command.add_argument("--num_rows", type=int, default=48 if measure is ranks else 24, help="rows, or pairs, of the run")
         if measure is layouts:

@@ -9,21 +9,17 @@ Nothing is trained: the plan of steps, ranks and micro-batches comes from length
 """
 
 import argparse
-import os
-import platform
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from bench_data import in_fresh_process, make_model, read_sentences
+from benchmarks.page import PAGES, ROOT, around_markers, command_line, cores, versions
 
-import kto_ds
 from kto_ds.config import BatchConfig, RunConfig
 from kto_ds.data.batch import row_length
 from kto_ds.data.batch_plan import plan_batches
@@ -32,8 +28,7 @@ from kto_ds.data.kl_groups import assign_kl_groups
 from kto_ds.data.packing import Layout, MicroBatch, cost_of, share_out
 from kto_ds.stages import prepare
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks" / "packing.md"
+PAGE = PAGES / "packing.md"
 DATA = ROOT.parent / "shared" / "data"
 SEED = 0
 MAX_LENGTH = 2048
@@ -89,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of the synthetic plan that are laid out")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}; otherwise the tables are only printed")
     options = parser.parse_args()
+    around = around_markers(PAGE, "packing") if options.write else None
     if missing := [str(path) for path in options.rows if not path.is_file()]:
         raise SystemExit(f"--rows: no such file: {', '.join(missing)}")
     real = [line for path in options.rows for line in real_lines(path)]
@@ -96,8 +92,7 @@ def main() -> None:
     synthetic = [synthetic_line(lengths, num_ranks, size, kind, options.steps) for num_ranks, size in SIZES for kind in ("matched", "mismatched")]
     text = describe(options, real, synthetic)
     print(text)
-    if options.write:
-        around = re.split("(?<=<!-- packing:begin -->\n).*(?=<!-- packing:end -->)", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if around:
         PAGE.write_text(text.join(around), encoding="utf-8")
 
 
@@ -173,8 +168,9 @@ def synthetic_line(lengths: Lengths, num_ranks: int, global_batch_size: int, kin
 
 
 def describe(options: argparse.Namespace, real: list[str], synthetic: list[str]) -> str:
-    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])  # paths are of this machine
-    return f"""`python tools/bench_packing.py {command}`, {date.today().isoformat()}. {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, kto_ds {kto_ds.__version__}, numpy {np.__version__}.
+    return f"""{command_line()}
+
+{cores()}. {versions("numpy")}.
 
 | Rows | Pass | Layout | Pairs | Tokens of prompt and completion | Saved by sharing prompts | Tokens through the model | Real of these | Real in padded batches of {PADDED_BATCH} | Fill of the budget |
 |---|---|---|---:|---:|---:|---:|---:|---:|---:|

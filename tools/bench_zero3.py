@@ -11,19 +11,16 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from benchmarks.page import PAGES, around_markers, command_line, cores, versions
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
@@ -31,7 +28,6 @@ from deepspeed.runtime.zero.partitioned_param_profiler import PartitionedParamet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import kto_ds
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
 from kto_ds.model.policy import Policy
@@ -39,7 +35,7 @@ from kto_ds.runtime import collectives
 from kto_ds.runtime.deepspeed_config import complete_deepspeed_config
 from kto_ds.runtime.engine import Engine
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "zero3.md"
+PAGE = PAGES / "zero3.md"
 NUM_RANKS = 2
 NUM_STEPS = 4  # the first, in which traces are recorded, is not counted
 # Qwen3-32B has hidden size 5120, feed-forward 25,600, 64 query and 8 key/value heads of 128, 151,936 tokens: the matrices of a layer are 1/4096 of these.
@@ -153,14 +149,6 @@ def main() -> None:
         PAGE.write_text(text.join(around), encoding="utf-8")
 
 
-def around_markers(path: Path, name: str) -> tuple[str, str]:
-    """Return what a Markdown file has up to the comment `<!-- name:begin -->` and from `<!-- name:end -->` on; SystemExit without them."""
-    found = re.fullmatch(f"(.*<!-- {name}:begin -->\n).*(<!-- {name}:end -->.*)", path.read_text(encoding="utf-8") if path.is_file() else "", re.DOTALL)
-    if not found:
-        raise SystemExit(f"{path.name} needs the lines <!-- {name}:begin --> and <!-- {name}:end -->")
-    return found[1], found[2]
-
-
 def variants() -> list[Variant]:
     """Every combination with one micro-batch in each phase, with and without gradient checkpointing; with several micro-batches only with it."""
     numbers = [(True, 1, 1), (True, 2, 4), (False, 1, 1)]
@@ -263,10 +251,9 @@ def describe(num_layers: int, found: list[tuple[Variant, Found]]) -> str:
     [ours] = [result for variant, result in found if variant[:3] == (True, 1, 1) and variant.is_ours]
     per_layer = ours.gathers / num_layers
     met = "met" if ours.model_sizes <= TARGET_MODEL_SIZES and per_layer <= TARGET_GATHERS and not ours.invalidations else "missed"
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers"))
-    return f"""`python tools/bench_zero3.py {" ".join(sys.argv[1:])}`, {date.today().isoformat()}
+    return f"""{command_line()}
 
-{NUM_RANKS} gloo ranks on {os.cpu_count()} cores ({cpu_name()}). Python {platform.python_version()}, kto_ds {kto_ds.__version__}, {libraries}.
+{NUM_RANKS} gloo ranks on {cores()}. {versions("deepspeed", "torch", "transformers")}.
 {num_layers} decoder layers. Update: {", ".join(map(str, sorted({result.update_gathers for _, result in found})))} gathers of persistent parameters a step, not in the tables.
 
 {chr(10).join(tables)}
@@ -297,11 +284,6 @@ def describe_table(num_layers: int, found: list[tuple[Variant, Found]]) -> str:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
-
-
-def cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8")) if platform.system() == "Linux" else None
-    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":

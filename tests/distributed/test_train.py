@@ -130,9 +130,10 @@ def require_profile_of_three_steps(path: Path) -> None:
 
 
 def require_sampled_reference_points(sampled: list[dict], whole: list[dict]) -> None:
-    """Half of the KL groups estimate z; the first step's examples are scored by the same weights."""
+    """One of a step's two KL groups estimates z, whose error nobody can tell then; the first step's examples are scored by the same weights."""
     assert sampled[0]["logps/chosen"] == whole[0]["logps/chosen"] and sampled[0]["tflops"] > 0
-    assert all(0 < record["kl_stderr"] for record in sampled[1:]) and [record["kl_raw"] for record in sampled] != [record["kl_raw"] for record in whole]
+    assert not any("kl_stderr" in record for record in sampled) and all("kl_stderr" in record for record in whole)
+    assert [record["kl_raw"] for record in sampled] != [record["kl_raw"] for record in whole]
     assert all(record["seconds"] == pytest.approx(sum(record[f"seconds/{phase}"] for phase in ("kl", "policy", "update", "host"))) for record in sampled)
 
 

@@ -147,7 +147,8 @@ def growth(place: Workplace, options: argparse.Namespace) -> str:
     configs = {}
     for point in points:
         rows = equal_rows(place.all_rows, place.tokenizer, 2 * point.global_batch_size, point.tokens // 2)
-        configs[point] = make_run(place, f"{point.what}{point.factor}", rows, max_length=options.max_length, global_batch_size=point.global_batch_size)
+        config = make_run(place, f"{point.what}{point.factor}", rows, max_length=options.max_length, global_batch_size=point.global_batch_size)
+        configs[point] = {**config, "batch": {**config["batch"], "max_tokens_per_microbatch": options.max_tokens_per_microbatch}}
     found = in_turn(place, configs, options.repeats)
     speed = {point: repeats[0][0].policy_tokens / median_of(repeats, lambda one: one.spent.cpu_seconds) for point, repeats in found.items()}
     memory = {point: max(ranks[0].working_bytes for ranks in repeats) / MIB for point, repeats in found.items()}
@@ -166,7 +167,7 @@ def growth(place: Workplace, options: argparse.Namespace) -> str:
         sections.append(f"{title}:\n\n{text}\n")
     states = STATE_BYTES * found[points[0]][0][0].num_weights / MIB
     sections.append("![tokens per second and memory at 1x to 8x](growth.png)\n")
-    return f"Two steps a run, one thread, {options.repeats} repeats, in turn; medians, of memory the largest. States: {states:,.0f} MiB.\n\n" + "\n".join(sections)
+    return f"Two steps a run, micro-batches of at most {options.max_tokens_per_microbatch:,} tokens, one thread, {options.repeats} repeats, in turn; medians, of memory the largest. States: {states:,.0f} MiB.\n\n" + "\n".join(sections)
 
 
 def draw(points: list[Point], speed: dict[Point, float], memory: dict[Point, float], path: Path) -> None:
@@ -185,7 +186,9 @@ def draw(points: list[Point], speed: dict[Point, float], memory: dict[Point, flo
             axis.plot(places, [values[point] for point in chosen], "o-", color=color, linewidth=2)
             for place, point in zip(places, chosen):
                 axis.annotate(f"{values[point]:,.0f}", (place, values[point]), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+            axis.set_xlim(-0.4, len(chosen) - 0.6)
             axis.set_ylim(0, 1.2 * max(values.values()))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.grid(axis="y", color="#dddddd")
             axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
