@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import psutil
+from benchmarks.process import in_fresh_process
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -178,11 +179,6 @@ def _sample_memory(pid: int, peaks: dict[str, int]) -> None:
     peaks["rss"] = max(peaks["rss"], sum(memory.rss for memory in found))
     peaks["pss"] = max(peaks["pss"], sum(memory.pss for memory in found))
     peaks["main_rss"] = max(peaks["main_rss"], found[0].rss)
-
-
-def in_fresh_process(function, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def measure_plan(folder: Path) -> dict:

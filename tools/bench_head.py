@@ -8,14 +8,13 @@ Legend: C scored tokens, D hidden size, V vocabulary. The weight is [V, D], hidd
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from benchmarks.page import command_line
 from torch import Tensor
 
 from kto_ds.model.logprobs import DEVICE_CHUNK_BYTES, ChunkedLogprobs
@@ -137,7 +136,7 @@ def describe(found: dict[str, Found], sample: Sample, repeats: int) -> str:
         f"{3 * product / one.both_seconds / 1e12:.3g} | {'' if one.peak_bytes is None else f'{one.peak_bytes / MIB:,.0f}'} | {' | '.join(f'{error:.1e}' for error in one.errors)} |"
         for name, one in found.items()
     ]
-    return f"""`python tools/bench_head.py {" ".join(sys.argv[1:])}`, {date.today().isoformat()}, {device}, torch {torch.__version__}, {sample.hidden.dtype}
+    return f"""{command_line()}, {device}, torch {torch.__version__}, {sample.hidden.dtype}
 
 C = {num_tokens:,}, D = {hidden_size:,}, V = {vocab_size:,}; medians of {repeats}. TFLOP/s counts 2CDV for a forward and 6CDV for both, logits that are computed again not at all.
 Memory is what both add to the sample at their peak. Errors: log-probs, the largest; gradients, of their norms; against float32.

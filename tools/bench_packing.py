@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from bench_data import in_fresh_process, make_model, read_sentences
+from bench_data import make_model, read_sentences
+from benchmarks.gpu_model import COMPLETION_TOKENS, MAX_LENGTH, PROMPT_TOKENS, SEED, SHARED_PROMPTS
 from benchmarks.page import PAGES, ROOT, around_markers, command_line, cores, versions
+from benchmarks.process import in_fresh_process
 
 from kto_ds.config import BatchConfig, RunConfig
 from kto_ds.data.batch import row_length
@@ -30,14 +32,9 @@ from kto_ds.stages import prepare
 
 PAGE = PAGES / "packing.md"
 DATA = ROOT.parent / "shared" / "data"
-SEED = 0
-MAX_LENGTH = 2048
 MAX_TOKENS = BatchConfig().max_tokens_per_microbatch
 PADDED_BATCH = 8  # rows of the padded batches beside ours
 FILLER_TOKENS = 2
-# Lengths in the manner of UltraFeedback: (median in tokens, standard deviation of the logarithm) of a lognormal distribution.
-PROMPT_TOKENS, COMPLETION_TOKENS = (180, 0.9), (260, 0.7)
-SHARED_PROMPTS = 1 / 3  # of the prompts have two rows, the others one
 # Ranks and examples a step; 128 examples on 64 ranks are two a rank, whose longest no assignment can balance.
 SIZES = [(2, 128), (8, 128), (64, 128), (64, 1024), (64, 2048)]
 

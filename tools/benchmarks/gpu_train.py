@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3Config
 
 from benchmarks.gpu_model import QWEN3, SEED, SHAPES, TINY, check_making, device_name, make_lm, make_split, notice
+from benchmarks.own_train import STATE_BYTES
 from benchmarks.page import command_line, table, versions
 from benchmarks.process import ENVIRONMENT, in_fresh_process
 from benchmarks.small_model import train_tokenizer
@@ -33,8 +34,6 @@ from kto_ds.stages.objective import logps_of, train_step
 from kto_ds.stages.step_work import StepPlanner
 
 WARM_UP = 1  # steps
-# Of a parameter with Adam: float32 weight or master weight, gradient, two moments. What a side holds beyond that counts as working memory.
-STATE_BYTES = 16
 
 
 class Setting(NamedTuple):

@@ -22,7 +22,7 @@ MIB = 1 << 20
 TOLERANCE = 1e-5  # of a step's loss, between two ways to the same
 
 
-class Workplace(NamedTuple):
+class Setup(NamedTuple):
     """A folder with a model, and what makes rows for it."""
 
     folder: Path
@@ -32,7 +32,7 @@ class Workplace(NamedTuple):
 
 
 def bench(options: argparse.Namespace, measure: Callable) -> str:
-    """Make the model in a temporary folder and return `measure(workplace, options)` below the lines that say what it was measured with."""
+    """Make the model in a temporary folder and return `measure(setup, options)` below the lines that say what it was measured with."""
     from transformers import AutoTokenizer
 
     all_rows = read_rows(options.rows)
@@ -40,26 +40,26 @@ def bench(options: argparse.Namespace, measure: Callable) -> str:
         model = Path(folder) / "model"
         shape = {"hidden_size": options.hidden_size, "num_layers": options.num_layers, "max_length": options.max_length, "vocab_size": options.vocab_size}
         made = make_model(model, texts_of(all_rows), **shape)
-        text = measure(Workplace(Path(folder), made, all_rows, AutoTokenizer.from_pretrained(model)), options)
+        text = measure(Setup(Path(folder), made, all_rows, AutoTokenizer.from_pretrained(model)), options)
     return f"{command_line()}\n\n{cores()}. {versions('torch', 'transformers', 'deepspeed')}.\n{made}\n{text}"
 
 
-def make_run(place: Workplace, name: str, rows: list[dict], *, max_length: int, global_batch_size: int) -> dict:
+def make_run(setup: Setup, name: str, rows: list[dict], *, max_length: int, global_batch_size: int) -> dict:
     """Write the rows and make their artefacts in a folder of their own; return the config of a run on them."""
-    work = place.folder / name
+    work = setup.folder / name
     work.mkdir()
-    (work / "model").symlink_to(place.folder / "model")
+    (work / "model").symlink_to(setup.folder / "model")
     (work / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     config = base_config(work, max_length=max_length, global_batch_size=global_batch_size)
     in_fresh_process(make_artifacts, {**config, "output_dir": str(work / "artefacts")})
     return config
 
 
-def in_turn(place: Workplace, configs: dict, repeats: int, ranks_of: Callable[..., int] = lambda key: 1) -> dict[object, list[list[Trained]]]:
+def in_turn(setup: Setup, configs: dict, repeats: int, ranks_of: Callable[..., int] = lambda key: 1) -> dict[object, list[list[Trained]]]:
     """Train every config `repeats` times, one after the other; return for each the repeats, and in each the ranks."""
     found: dict[object, list[list[Trained]]] = {key: [] for key in configs}
     for number, (repeat, key) in enumerate(itertools.product(range(repeats), configs)):
-        trained = in_fresh_ranks(ranks_of(key), train_ours, {**configs[key], "output_dir": str(place.folder / f"run{number}")})
+        trained = in_fresh_ranks(ranks_of(key), train_ours, {**configs[key], "output_dir": str(setup.folder / f"run{number}")})
         found[key].append(trained)
         print(f"repeat {repeat + 1}, {key}: {trained[0].spent.cpu_seconds:.1f} s of CPU, {trained[0].spent.wall_seconds:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -79,11 +79,11 @@ def median_of(repeats: list[list[Trained]], read: Callable[[Trained], float]) ->
     return statistics.median(statistics.fmean(read(trained) for trained in ranks) for ranks in repeats)
 
 
-def layouts(place: Workplace, options: argparse.Namespace) -> str:
+def layouts(setup: Setup, options: argparse.Namespace) -> str:
     low, high = options.ratio
-    rows = paired_rows(place.all_rows, place.tokenizer, options.num_rows, low=low, high=high, max_length=options.max_length)
-    config = make_run(place, "pairs", rows, max_length=options.max_length, global_batch_size=options.global_batch_size)
-    found = in_turn(place, {layout: {**config, "model": {**config["model"], "layout": layout}} for layout in ("packed", "prefix_shared")}, options.repeats)
+    rows = paired_rows(setup.all_rows, setup.tokenizer, options.num_rows, low=low, high=high, max_length=options.max_length)
+    config = make_run(setup, "pairs", rows, max_length=options.max_length, global_batch_size=options.global_batch_size)
+    found = in_turn(setup, {layout: {**config, "model": {**config["model"], "layout": layout}} for layout in ("packed", "prefix_shared")}, options.repeats)
     difference, first = require_same_losses(found), found["packed"][0][0]
     seconds = {layout: median_of(repeats, lambda one: one.spent.cpu_seconds) for layout, repeats in found.items()}
     text = table(found.items(), str, {
@@ -103,11 +103,11 @@ The loss of a step differs by at most {difference:.1e} of its value between all 
 """
 
 
-def ranks(place: Workplace, options: argparse.Namespace) -> str:
-    rows = distinct_rows(place.all_rows, place.tokenizer, options.num_rows, options.max_length)
-    config = make_run(place, "ranks", rows, max_length=options.max_length, global_batch_size=options.global_batch_size)
+def ranks(setup: Setup, options: argparse.Namespace) -> str:
+    rows = distinct_rows(setup.all_rows, setup.tokenizer, options.num_rows, options.max_length)
+    config = make_run(setup, "ranks", rows, max_length=options.max_length, global_batch_size=options.global_batch_size)
     columns = {(stage, number): {**config, "deepspeed": {"config": stage}} for stage in ("zero0", "zero3") for number in (1, 2)}
-    found = in_turn(place, columns, options.repeats, ranks_of=lambda column: column[1])
+    found = in_turn(setup, columns, options.repeats, ranks_of=lambda column: column[1])
     difference, first = require_same_losses(found), found["zero0", 1][0][0]
     wall = {column: median_of(repeats, lambda one: one.spent.wall_seconds) for column, repeats in found.items()}
 
@@ -141,15 +141,15 @@ class Point(NamedTuple):
     global_batch_size: int
 
 
-def growth(place: Workplace, options: argparse.Namespace) -> str:
+def growth(setup: Setup, options: argparse.Namespace) -> str:
     points = [Point("row", factor, options.tokens * factor, options.global_batch_size) for factor in FACTORS]
     points += [Point("step", factor, options.tokens, options.global_batch_size * factor) for factor in FACTORS]
     configs = {}
     for point in points:
-        rows = equal_rows(place.all_rows, place.tokenizer, 2 * point.global_batch_size, point.tokens // 2)
-        config = make_run(place, f"{point.what}{point.factor}", rows, max_length=options.max_length, global_batch_size=point.global_batch_size)
+        rows = equal_rows(setup.all_rows, setup.tokenizer, 2 * point.global_batch_size, point.tokens // 2)
+        config = make_run(setup, f"{point.what}{point.factor}", rows, max_length=options.max_length, global_batch_size=point.global_batch_size)
         configs[point] = {**config, "batch": {**config["batch"], "max_tokens_per_microbatch": options.max_tokens_per_microbatch}}
-    found = in_turn(place, configs, options.repeats)
+    found = in_turn(setup, configs, options.repeats)
     speed = {point: repeats[0][0].policy_tokens / median_of(repeats, lambda one: one.spent.cpu_seconds) for point, repeats in found.items()}
     memory = {point: max(ranks[0].working_bytes for ranks in repeats) / MIB for point, repeats in found.items()}
     if not options.print_only:

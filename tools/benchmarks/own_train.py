@@ -9,7 +9,7 @@ import torch
 from benchmarks.process import Meter, Spent, memory_bytes
 from benchmarks.small_model import SEED
 
-# Of a parameter in float32 training with Adam: weight, gradient, two moments.
+# Of a parameter with Adam: float32 weight or master weight, gradient, two moments. What a run holds beyond that counts as working memory.
 STATE_BYTES = 16
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -35,9 +34,9 @@ def in_fresh_process(function: Callable, *arguments):
 
 def in_fresh_ranks(num_ranks: int, function: Callable, *arguments) -> list:
     """Run the function in as many processes as ranks of one run, each of one thread; return their results in rank order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from kto_ds.runtime.collectives import free_port  # here, as DeepSpeed reads the environment on import
+
+    port = free_port()
     with ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn")) as executor:
         return [future.result() for future in [executor.submit(_as_rank, rank, num_ranks, port, function, *arguments) for rank in range(num_ranks)]]
 
