@@ -17,18 +17,18 @@ def record(fault_id: str, method: str, *, injected: int, survived: int, seconds:
 
 
 class Tally:
-    """Counts of one test."""
+    """Counts of one test; `method` may be filled in when it is known."""
 
-    def __init__(self):
-        self.injected, self.survived = 0, 0
+    def __init__(self, method: str):
+        self.injected, self.survived, self.method = 0, 0, method
 
 
 @contextmanager
 def tally(fault_id: str, method: str, *, stock: str = "") -> Iterator[Tally]:
     """Record what is counted in the block with the time it took, also when it fails: a fault that was put in and not survived is what the table is for."""
-    counts, began = Tally(), time.monotonic()
+    counts, began = Tally(method), time.monotonic()
     try:
         yield counts
     finally:
         if counts.injected:
-            record(fault_id, method, injected=counts.injected, survived=counts.survived, seconds=time.monotonic() - began, stock=stock)
+            record(fault_id, counts.method, injected=counts.injected, survived=counts.survived, seconds=time.monotonic() - began, stock=stock)

@@ -43,9 +43,10 @@ class Ranks:
 
     def kill(self, signum: int, *ranks: int) -> None:
         """Send a signal to some ranks, or to all."""
-        for rank in ranks or range(len(self.processes)):
+        for process in [self.processes[rank] for rank in ranks or range(len(self.processes))]:
             with suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid, signum)
+                if process.is_alive():  # else its number may be somebody else's by now
+                    os.kill(process.pid, signum)
 
     def wait(self, seconds: float = SECONDS) -> list[int]:
         """Return the exit codes in rank order; minus the signal that ended a rank. AssertionError with the log's end when one runs on for longer."""
