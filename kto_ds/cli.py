@@ -27,7 +27,7 @@ COMMANDS = {
     "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",
-    "export": "newest checkpoint -> Hugging Face folder",
+    "export": "checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
     "demo": "the whole pipeline on a small task that a program can check",
 }
@@ -40,7 +40,11 @@ OWN_OPTIONS = {
         "step": (1, "optimizer step whose micro-batches are shown"),
         "num_ranks": (1, "ranks that the step is shared out to"),
     },
-    "train": {"profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile")},
+    "train": {
+        "profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile"),
+        "accept_changes": (False, "go on from the checkpoint although optim or the number of steps has changed since"),
+    },
+    "export": {"checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N")},
 }
 
 
@@ -148,7 +152,7 @@ def _run(command: str, options: list[str]) -> None:
         return
     if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
-    _stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
+    _stage(command)(config, **{name: vars(given)[f"own_{name}"] for name in OWN_OPTIONS.get(command, {})})
 
 
 def _stage(command: str) -> Callable:
@@ -174,13 +178,14 @@ def _quiet_libraries() -> None:
 
 def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     """Return (resolved config, the options that are not part of it) from `--config RUN.yaml --section.key value ...`."""
-    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False)
+    # An option of ours goes before a section of the config of the same name, which can still be given key by key.
+    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False, conflict_handler="resolve")
     parser.add_argument("--config", type=Path, required=True, metavar="RUN.yaml", help="the run; options below override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{name}", **kind, help=f"{text} (default: {default})")
-    overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
+        parser.add_argument(f"--{name}", dest=f"own_{name}", **kind, help=f"{text} (default: {default})")
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
     own = {"config", "print-config", *OWN_OPTIONS.get(command, {})}

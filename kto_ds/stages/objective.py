@@ -115,6 +115,15 @@ def evaluate_split(
     return metrics
 
 
+def evaluation_metrics(split: TokenizedSplit, loss: LossConfig) -> list[str]:
+    """Return the names of the metrics that evaluate_split gives for a split: they hang on its labels and on the loss."""
+    desirable = np.array(split.desirable)
+    nothing = np.zeros(len(desirable))
+    kl_stderr = float("nan") if loss.loss_type == "kto" and len(desirable) == 1 else 0.0  # as reference_point says it
+    names = list(kto_metrics([StepResult(nothing, nothing, nothing, desirable, kl=0.0, kl_raw=0.0, kl_stderr=kl_stderr)]))
+    return [*names, "rewards/auc"] if desirable.any() and not desirable.all() else names
+
+
 class Drift(NamedTuple):
     """How far the policy's own log-probs lie from the reference's before the first update, in nats."""
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kto_ds import cli
 from kto_ds.artifacts import read_manifest
-from kto_ds.runtime.checkpoint import Checkpoint, list_checkpoints, read_weights
+from kto_ds.runtime.restore import Checkpoint, read_weights
+from kto_ds.runtime.retention import list_checkpoints
 from tests.distributed.runs import conversation, launch, launch_and_kill, launcher, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
 
 pytestmark = pytest.mark.distributed
