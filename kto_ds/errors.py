@@ -1,5 +1,11 @@
 """What can go wrong in a way that the user should read about, and the exit code each one ends with."""
 
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 EXIT_USER = 2  # config, data, artefact or environment: the user can mend it
@@ -30,6 +36,29 @@ class NumericsError(KtoError):
     """A value that must be finite is not. Raised on all ranks, before the weights are touched."""
 
     exit_code = EXIT_NUMERICS
+
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, a quota, a limit on the size of files
+
+
+def unwritable(error: OSError, folder: Path) -> UserError:
+    """Return the refusal of a write below `folder`: where there is no space, it says how much is left."""
+    left = ""
+    if error.errno in NO_SPACE:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        left = f"; {shutil.disk_usage(existing).free:,} bytes are free"
+    return UserError(f"cannot write: {error.strerror or error}{left}", where=str(folder), remedy="free the space or choose a folder you may write to")
+
+
+@contextmanager
+def disk_may_be_full(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block for want of space into a UserError that names the folder; other ones pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise unwritable(error, folder) from error
 
 
 def excerpt(value: object, limit: int = 120) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kto_ds.artifacts import FORMAT, MANIFEST, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError, excerpt, unwritable
 
 # What flock answers on a network file system that was mounted without it.
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -99,7 +99,7 @@ def writing_to(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to") from error
+        raise unwritable(error, final) from error
 
 
 @contextlib.contextmanager

@@ -3,11 +3,11 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kto_ds.artifacts import write_atomically
-from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError
+from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, disk_may_be_full
 
 LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
 
@@ -27,15 +27,25 @@ class RunStatus:
     def _write(self, state: str, exit_code: int | None, reason: str) -> None:
         self._state, self._written_at = state, self._clock()
         if self._is_main:
-            write_atomically(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": reason}))
+            _put(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": reason}))
 
     @contextmanager
     def until_the_end(self) -> Iterator["RunStatus"]:
         """Write `completed` when the block ends well, `failed` with exit code and reason when it raises."""
         try:
-            yield self
+            with disk_may_be_full(self._path.parent):
+                yield self
         except BaseException as error:
             exit_code = error.exit_code if isinstance(error, KtoError) else EXIT_UNEXPECTED
             self._write("failed", exit_code, f"{type(error).__name__}: {error}")
             raise
         self._write("completed", EXIT_OK, "")
+
+
+def _put(path: Path, text: str) -> None:
+    """Write the file, whole if that can be; the run itself says what is wrong with the disk."""
+    try:
+        write_atomically(path, text)
+    except OSError:
+        with suppress(OSError):  # a full disk has room for what is overwritten
+            path.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save as to_safetensors
 
 from kto_ds.artifacts import describe_file, fsync_path, seal, write_atomically
-from kto_ds.errors import KtoError, UserError
+from kto_ds.errors import KtoError, UserError, unwritable
 from kto_ds.runtime.checkpoint_files import in_words
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
 from kto_ds.runtime.engine import Engine
@@ -66,7 +66,7 @@ def _make_room(root: Path, staging: Path, engine: Engine) -> None:
         fresh_folder(staging)
         free = shutil.disk_usage(root).free
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(root), remedy="free the space or choose a folder you may write to") from error
+        raise unwritable(error, root) from error
     sizes = [size for _, folder in reversed(list_checkpoints(root)) if (size := folder_bytes(folder))]
     needed = int(SPACE_FACTOR * (sizes[0] if sizes else engine.state_bytes))
     if free < needed:
