@@ -14,6 +14,7 @@ from kto_ds.data.batch import Batch
 from kto_ds.errors import NumericsError
 from kto_ds.model.policy import Policy
 from kto_ds.runtime.deepspeed_config import gather_by_layer, zero_stage
+from kto_ds.runtime.watch import beat
 
 
 class Engine:
@@ -31,6 +32,7 @@ class Engine:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+        beat()
         return self.deepspeed(batch)
 
     def warm_up(self, filler: Batch) -> None:

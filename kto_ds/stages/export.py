@@ -25,7 +25,7 @@ POLICY_PREFIX = "lm."  # where Policy keeps the language model
 
 def main(config: RunConfig) -> None:
     model_config = read_model_config(config.model)
-    world = start()
+    world = start(timeout_seconds=config.train.setup_timeout_seconds)
     checkpoint = newest_verified(config.output_dir / "checkpoints", world)
     if checkpoint is None:
         raise UserError("there is no checkpoint", where=str(config.output_dir / "checkpoints"), remedy=TRAIN_FIRST)
