@@ -97,6 +97,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     num_train_epochs: Positive = Field(1.0, description="passes over the training examples")
     max_steps: Count | None = Field(None, description="optimizer steps of the run; overrides num_train_epochs")
+    setup_timeout_seconds: Count = Field(7200, description="longest time without progress before the first step is done, and in precompute-ref and evaluate; then the run is ended")
+    step_timeout_seconds: Count = Field(1800, description="longest time without progress after it: in a micro-batch, an evaluation's, or a save")
 
 
 class DeepSpeedConfig(Section):

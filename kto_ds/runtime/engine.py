@@ -17,6 +17,7 @@ from kto_ds.model.policy import Policy
 from kto_ds.runtime.checkpoint_files import CheckpointFiles
 from kto_ds.runtime.deepspeed_config import gather_by_layer, zero_stage
 from kto_ds.runtime.unpickling import weights_only
+from kto_ds.runtime.watch import beat
 
 STATE = "state"  # DeepSpeed's tag: the folder of its files below that of a checkpoint
 # Of a parameter group, besides its learning rate, which is the scheduler's.
@@ -44,6 +45,7 @@ class Engine:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+        beat()
         return self.deepspeed(batch)
 
     def warm_up(self, filler: Batch) -> None:

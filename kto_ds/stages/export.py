@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from kto_ds.config import LossConfig, RunConfig
+from kto_ds.config import LossConfig, OptimConfig, RunConfig
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
@@ -18,7 +18,7 @@ from kto_ds.runtime.restore import Checkpoint, newest_verified, read_weights, ve
 from kto_ds.runtime.retention import folder_name, list_checkpoints
 from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
 from kto_ds.stages.progress import Progress
-from kto_ds.stages.resume import ALLOWED, FIXED, changes
+from kto_ds.stages.resume import FIXED, changes
 from kto_ds.staging import staged_folder
 
 MAX_SHARD_SIZE = "5GB"
@@ -29,7 +29,7 @@ POLICY_PREFIX = "lm."  # where Policy keeps the language model
 def main(config: RunConfig, checkpoint: str = "latest") -> None:
     """`checkpoint` is latest, best or step-N."""
     model_config = read_model_config(config.model)
-    chosen = _choose(config.output_dir / "checkpoints", checkpoint, start())
+    chosen = _choose(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
     loss = weights_of_config(config.loss, chosen.manifest["config"])
     _require_same_config(config, loss, chosen)
     dtype = DTYPES[config.model.dtype]
@@ -74,9 +74,9 @@ def _choose(root: Path, name: str, world: World) -> Checkpoint:
 
 
 def _require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that was trained otherwise than the config says: the model card would not be true."""
+    """Refuse a checkpoint of another model, seed, loss or batch. What may change in the middle of a run is read from the checkpoint itself."""
     found = changes(checkpoint.manifest["config"], config.model_copy(update={"loss": loss}).model_dump(mode="json"))
-    if differing := [str(change) for change in found if change.key in FIXED | ALLOWED]:
+    if differing := [str(change) for change in found if change.key in FIXED]:
         remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
         raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
 
@@ -102,9 +102,9 @@ def _generation_config(config: RunConfig) -> GenerationConfig:
 
 def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> str:
     sources = "\n".join(f"- `{Path(source.path).name}`" + (f", split `{source.split}`" if source.split else "") for source in config.data.train)
-    metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config).items() for name, value in record.items() if isinstance(value, (int, float)))
+    metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config, checkpoint.step).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    optim = config.optim
+    optim = OptimConfig.model_validate(checkpoint.manifest["config"]["optim"])
     return f"""---
 base_model: {json.dumps(config.model.path)}
 library_name: transformers
@@ -143,6 +143,7 @@ def _data_line(config: RunConfig) -> str:
     return f"{report['examples']:,} examples ({report['desirable']:,} desirable, {report['undesirable']:,} undesirable, {report['tokens']:,} tokens) of"
 
 
-def _last_records(config: RunConfig) -> dict[str, dict]:
+def _last_records(config: RunConfig, step: int) -> dict[str, dict]:
+    """Return the last record of each split up to a step."""
     path = config.output_dir / METRICS_FILE
-    return {record["split"]: record for record in read_records(path)} if path.is_file() else {}
+    return {record["split"]: record for record in read_records(path) if record["step"] <= step} if path.is_file() else {}

@@ -34,6 +34,7 @@ FREE = frozenset("""
     model.trust_remote_code data.train data.eval data.held_out_fraction data.max_length data.max_prompt_length data.max_completion_length data.truncation_mode
     data.append_eos data.special_tokens_in_text data.chat_template_kwargs data.max_bad_fraction data.on_bad_row data.allow_one_label data.dataset_num_proc
     data.artifact reference.path reference.revision reference.dtype reference.placement reference.per_token reference.artifact reference.max_tokens_per_microbatch
+    train.setup_timeout_seconds train.step_timeout_seconds
     batch.max_tokens_per_microbatch batch.max_tokens_per_scoring_microbatch deepspeed.config eval.eval_steps eval.path eval.generate
     checkpoint.save_steps checkpoint.save_total_limit checkpoint.resume checkpoint.metric_for_best_model checkpoint.greater_is_better
     report.logging_steps report.wandb.mode report.wandb.project report.wandb.name

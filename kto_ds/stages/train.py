@@ -1,16 +1,15 @@
 """KTO under DeepSpeed: set-up in one screen, the loop in another. One step is in objective.py."""
 
-from pathlib import Path
-from typing import NamedTuple
+import time
 
 import numpy as np
 from transformers import PretrainedConfig
 
 from kto_ds.artifacts import digest_of
-from kto_ds.config import LossConfig, RunConfig
+from kto_ds.config import RunConfig
 from kto_ds.config_text import write_yaml
-from kto_ds.data.batch_plan import BatchPlan, plan_batches
-from kto_ds.data.dataset import FILES, TokenizedSplit
+from kto_ds.data.batch_plan import plan_batches
+from kto_ds.data.dataset import FILES
 from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
 from kto_ds.model.checkpointing import checkpointed_share, in_words
@@ -24,56 +23,35 @@ from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
-from kto_ds.runtime.checkpoint import save_checkpoint
-from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
+from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
+from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
+from kto_ds.runtime.signals import WallTime, wall_seconds
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
-from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
-from kto_ds.stages.objective import evaluate_split, measure_drift, require_no_drift, train_step
-from kto_ds.stages.progress import Progress, with_evaluation
+from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
+from kto_ds.stages.progress import Progress
 from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
+from kto_ds.stages.run import Inputs, Run, evaluate, save, splits_logged_at
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
 
 
-class Inputs(NamedTuple):
-    """What the run trains and evaluates on; the same on every rank."""
-
-    splits: dict[str, TokenizedSplit]
-    reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
-    reference_way: tuple[str, str]  # the kernels that scored them: of attention, of all else
-    plan: BatchPlan
-    loss: LossConfig  # with numbers as weights
-    record: dict  # what a resume compares
-
-
-class Run(NamedTuple):
-    """What the loop and all around it use."""
-
-    config: RunConfig
-    world: World
-    inputs: Inputs
-    engine: Engine
-    planner: StepPlanner
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.output_dir / "checkpoints"
-
-
-def main(config: RunConfig, profile: bool = False, accept_changes: bool = False) -> None:
+def main(config: RunConfig, profile: bool = False, accept_changes: bool = False, max_wall_time: str | None = None) -> None:
+    wall_time = WallTime(max_wall_time and wall_seconds(max_wall_time))
     model_config = read_model_config(config.model)
     require_trainable(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
-    world = start()
+    seconds = config.train.setup_timeout_seconds
+    world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "train"))
     on_main_rank(lambda: claim_folder(config.output_dir))
     status = RunStatus(config.output_dir / "status.json", is_main=world.is_main)
-    with status.until_the_end():
+    with status.until_the_end(), guarded(world, config.output_dir, "train", seconds=seconds, on_end=lambda end: status.end(end.state, end.exit_code, end.message)) as watch:
         status.running(0)
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
@@ -84,14 +62,17 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False)
         if profile:
             on_main_rank(lambda: make_room(config.output_dir))
         engine, shape = _build_engine(config, model_config, serving, deepspeed_config, inputs)
-        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape))
+        limit_waits(seconds)  # of the groups that DeepSpeed has made
+        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape), watch, wall_time)
         progress = _resume_or_start(run, checkpoint)
         sinks = _open_sinks(run, serving, progress.step)
         try:
             with StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
-                laps = _loop(run, status, sinks, profiler, progress)
+                laps, stopped_at = _loop(run, status, sinks, profiler, progress)
         finally:
             sinks.close()
+        if stopped_at is not None:
+            raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved")
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
         peaks = gather_objects(peak_memory_gib(engine.device))
     if world.is_main:
@@ -101,23 +82,36 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False)
     barrier()
 
 
-def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> list[Lap]:
-    """Train on from `progress` to the end and return what every log line took."""
-    config, world, inputs, engine, planner = run
+def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> tuple[list[Lap], int | None]:
+    """Train on from `progress` to the end and return what every log line took, and the step after which the run was stopped, if it was."""
+    config, world, inputs, engine, planner, watch, wall_time = run
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepResult] = []  # steps since the last log line
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
     timer = StepTimer(device_clock(engine.device))
-    status.running(progress.step)
+    done = progress.step
+    status.running(done)
+    if done and run.is_evaluated_at(done):
+        progress, is_through = evaluate(run, sinks, progress, besides=splits_logged_at(run, done))
+        if not is_through:
+            return laps, done
 
-    for work in planner.ahead(progress.step):
-        step, learning_rate = work.step, engine.learning_rate
-        result, grad_norm = train_step(engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer)
+    watch.enter("input", done + 1)
+    for work in planner.ahead(done):
+        step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
+        watch.enter("step", step)
+        result, grad_norm, is_stopping = train_step(
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, wants_to_stop=run.wants_to_stop
+        )
         window.append(result)
         progress = progress._replace(step=step, examples=progress.examples + len(work.examples))
         timer.add(work.cost)
+        wall_time.took(step=time.monotonic() - began)
         is_last = step == plan.num_steps
+        if step == done + 1:  # kernels are compiled, the order of parameters is known
+            watch.limit(config.train.step_timeout_seconds)
+            limit_waits(config.train.step_timeout_seconds)
 
         # once in a while: log
         if is_last or step % config.report.logging_steps == 0:
@@ -131,28 +125,23 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
         timer.begin("paused")
         profiler.after_step()
 
-        # once in a while: evaluate
-        if is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0:
-            for name in evaluation_splits(inputs.splits):
-                metrics = evaluate_split(engine, inputs.splits[name], inputs.reference_logps[name], inputs.loss, sharding=planner.scoring)
-                sinks.log({"split": name, "step": step, "epoch": plan.epoch_after(step), **metrics})
-                progress = with_evaluation(progress, config.checkpoint, name, metrics)
+        # once in a while: evaluate; one that is left out or cut short is made up for by the run that goes on from here
+        if run.is_evaluated_at(step) and not is_stopping:
+            progress, is_through = evaluate(run, sinks, progress)
+            is_stopping = not is_through
 
         # once in a while: save
         is_best = progress.best is not None and progress.best.step == step
-        if is_last or is_best or step % config.checkpoint.save_steps == 0:
-            _save(run, progress)
+        if is_last or is_best or is_stopping or step % config.checkpoint.save_steps == 0:
+            save(run, progress)
+            is_stopping = is_stopping or any_across_ranks(run.wants_to_stop(), engine.device)  # asked meanwhile: this save is the one
+        if is_stopping:
+            return laps, step
 
+        watch.enter("input", step + 1)
         timer.begin("host")
-    return laps
-
-
-def _save(run: Run, progress: Progress) -> None:
-    record = {**run.inputs.record, "plan": run.inputs.plan.digest_until(progress.step), "progress": progress.to_json()}
-    save_checkpoint(
-        run.engine, run.checkpoints, step=progress.step, record=record, save_total_limit=run.config.checkpoint.save_total_limit,
-        best_step=progress.best and progress.best.step, world=run.world,
-    )  # fmt: skip
+    watch.enter("closing", plan.num_steps)
+    return laps, None
 
 
 def _open_inputs(config: RunConfig) -> Inputs:
