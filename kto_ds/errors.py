@@ -10,12 +10,14 @@ EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 EXIT_USER = 2  # config, data, artefact or environment: the user can mend it
 EXIT_NUMERICS = 3  # NaN or Inf reached a log-prob, the loss or a gradient
+EXIT_PREEMPTED = 75  # asked to stop: what was done is kept, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 class KtoError(Exception):
     """An end of the run that is reported as one message, without a traceback."""
 
     exit_code = EXIT_UNEXPECTED
+    is_told = False  # on a rank other than 0: rank 0 has this error too, and reports it
 
 
 class UserError(KtoError):
@@ -36,6 +38,12 @@ class NumericsError(KtoError):
     """A value that must be finite is not. Raised on all ranks, before the weights are touched."""
 
     exit_code = EXIT_NUMERICS
+
+
+class Preempted(KtoError):
+    """The run was asked to stop, by a signal or its wall time, and what it did is kept. Raised on all ranks."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, a quota, a limit on the size of files

@@ -50,7 +50,7 @@ HAND_OVERS = {
     ("runtime.engine", "model.policy"),  # Policy
 }
 # A stage is one sub-command; these files hold what several of them share.
-SHARED_BY_STAGES = {"stages.identity", "stages.inputs", "stages.objective", "stages.serving", "stages.step_work"}
+SHARED_BY_STAGES = {"stages.identity", "stages.inputs", "stages.objective", "stages.progress", "stages.resume", "stages.run", "stages.serving", "stages.step_work"}
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),

@@ -5,7 +5,8 @@ come in ascending order.
 A log-prob is computed by one rank and is zero on the others, so that sums over ranks are exact, and every rank ends with the same values.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from kto_ds.losses import ReferencePoint, kto_terms, reference_point
 from kto_ds.model.scoring import score_batch
 from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
 from kto_ds.report.throughput import StepTimer
-from kto_ds.runtime.collectives import sum_across_ranks
+from kto_ds.runtime.collectives import any_across_ranks, sum_across_ranks
 from kto_ds.runtime.engine import Engine
 from kto_ds.stages.step_work import StepWork
 
@@ -41,8 +42,9 @@ def train_step(
     loss: LossConfig,
     num_ranks: int,
     timer: StepTimer,
-) -> tuple[StepResult, float]:
-    """Take one optimizer step and return (its result over all ranks, gradient norm before clipping).
+    wants_to_stop: Callable[[], bool],  # of this rank
+) -> tuple[StepResult, float, bool]:
+    """Take one optimizer step and return (its result over all ranks, gradient norm before clipping, whether any rank wants to stop after it).
 
     Phase A estimates the reference point from mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
     loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
@@ -72,7 +74,8 @@ def train_step(
         # DeepSpeed averages gradients over the ranks; the loss is a mean over the step's examples.
         engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
-    logps = sum_across_ranks(logps)
+    *_, num_stopping = together = sum_across_ranks(torch.cat([logps, logps.new_tensor([wants_to_stop()])]))  # [E + 1]: one collective for both
+    logps = together[:-1]
 
     # The first time that the host waits for the device in this step.
     if mismatched_logps is not None:
@@ -85,7 +88,11 @@ def train_step(
         rows = ", ".join(split.row_name(example) for example in examples[:5].tolist())
         raise NumericsError(f"{when}: {error}; rows: {rows} and others of the step") from error
     timer.begin("host")
-    return _result(logps, references, desirable, point, loss), grad_norm
+    return _result(logps, references, desirable, point, loss), grad_norm, bool(num_stopping)
+
+
+class Cut(Exception):
+    """An evaluation is not brought to its end, because the run is to stop. Raised on all ranks."""
 
 
 def evaluate_split(
@@ -95,17 +102,22 @@ def evaluate_split(
     loss: LossConfig,
     *,
     sharding: Sharding,
+    wants_to_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of the split: z is estimated once from all its mismatched pairs. All ranks call this and get the same result."""
+    """Return the metrics of the split: z is estimated once from all its mismatched pairs. All ranks call this and get the same result.
+
+    Where `wants_to_stop` is given it is asked before every micro-batch; once any rank's says yes, Cut is raised on all of them.
+    """
     examples = np.arange(split.num_examples)
     matched_references, mismatched_references = (torch.from_numpy(half).to(sharding.device) for half in np.split(np.array(reference_logps), 2))  # [E]
     point = NO_REFERENCE_POINT
+    batches_of = partial(_until_cut, split=split, sharding=sharding, wants_to_stop=wants_to_stop)
     if loss.loss_type == "kto":
         mismatched = split.mismatched_pairs(examples)
-        mismatched_logps = logps_of(forward, sharding.batches(mismatched, split), mismatched, sharding.device)
+        mismatched_logps = logps_of(forward, batches_of(mismatched), mismatched, sharding.device)
         require_finite(mismatched_logps, examples, split, "evaluation, mismatched pairs")
         point = reference_point(mismatched_logps - mismatched_references)
-    logps = logps_of(forward, sharding.batches(examples, split), examples, sharding.device)
+    logps = logps_of(forward, batches_of(examples), examples, sharding.device)
     require_finite(logps, examples, split, "evaluation")
     desirable = np.array(split.desirable)
     result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), point, loss)
@@ -113,6 +125,22 @@ def evaluate_split(
     if desirable.any() and not desirable.all():
         metrics["rewards/auc"] = reward_auc(result.rewards, desirable)
     return metrics
+
+
+def _until_cut(pairs: np.ndarray, *, split: TokenizedSplit, sharding: Sharding, wants_to_stop: Callable[[], bool] | None) -> Iterator[Batch]:
+    for batch in sharding.batches(pairs, split):
+        if wants_to_stop and any_across_ranks(wants_to_stop(), sharding.device):
+            raise Cut
+        yield batch
+
+
+def evaluation_metrics(split: TokenizedSplit, loss: LossConfig) -> list[str]:
+    """Return the names of the metrics that evaluate_split gives for a split: they hang on its labels and on the loss."""
+    desirable = np.array(split.desirable)
+    nothing = np.zeros(len(desirable))
+    kl_stderr = float("nan") if loss.loss_type == "kto" and len(desirable) == 1 else 0.0  # as reference_point says it
+    names = list(kto_metrics([StepResult(nothing, nothing, nothing, desirable, kl=0.0, kl_raw=0.0, kl_stderr=kl_stderr)]))
+    return [*names, "rewards/auc"] if desirable.any() and not desirable.all() else names
 
 
 class Drift(NamedTuple):
