@@ -49,6 +49,8 @@ TRAIN = [
     Point("after the manifest", "kto_ds.artifacts.seal", "after", STAGED, nth=3, on_rank_0_only=True),
     Point("before the rename", "pathlib.Path.rename", "before", r"\.tmp-step-.* .*/step-", nth=3, on_rank_0_only=True),
     Point("after the rename", "pathlib.Path.rename", "after", r"\.tmp-step-.* .*/step-", nth=3, on_rank_0_only=True),
+    Point("before the hint `latest`", "kto_ds.artifacts.write_atomically", "before", r"checkpoints/latest", nth=3, on_rank_0_only=True),
+    Point("after the hint `latest`", "kto_ds.artifacts.write_atomically", "after", r"checkpoints/latest", nth=3, on_rank_0_only=True),
     Point("retention: before the old one is renamed", "pathlib.Path.rename", "before", r"\.del-", nth=2, on_rank_0_only=True),
     Point("retention: old one renamed, not deleted", "pathlib.Path.rename", "after", r"\.del-", nth=2, on_rank_0_only=True),
     Point("retention: after the old one is deleted", "shutil.rmtree", "after", r"\.del-", nth=2, on_rank_0_only=True),

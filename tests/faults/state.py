@@ -22,6 +22,7 @@ def final_state(run: Path) -> dict[str, object]:
         "step": step_of(newest),
         "tensors": {path.name: _sha256(_leaves(torch.load(path, map_location="cpu", weights_only=False))) for path in state},
         "other files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(newest.rglob("*.safetensors"))},
+        "progress": {name: value for name, value in json.loads((newest / "manifest.json").read_text())["progress"].items() if name != "wandb_run_id"},
         "metrics": {split: without_timings(read_metrics(run, split)) for split in ("train", "eval")},
         "status": status_of(run),
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith((".", "step-")) and ".corrupt." not in path.name),

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kto_ds import cli
-from kto_ds.runtime.checkpoint import newest_verified
 from kto_ds.runtime.collectives import start
+from kto_ds.runtime.restore import newest_verified
 from tests.distributed.tiny_run import config_of
 from tests.faults import ranks
 from tests.faults.ledger import tally
@@ -100,18 +100,15 @@ def put_back(run: Path, sound: Path) -> Iterator[Path]:
 def require_found(tiny: Path, run: Path, path: Path, capsys) -> None:
     """verify refuses the newest checkpoint by name, and a resume takes the one before it, says which file is why, and deletes nothing."""
     newest, before = checkpoints_of(run)[-1], checkpoints_of(run)[-2]
-    has_manifest = (newest / "manifest.json").exists()
     capsys.readouterr()
-    if has_manifest:  # a folder without one is no checkpoint: there is nothing that it should hold
+    if (newest / "manifest.json").exists():  # verify looks at what is sealed
         assert cli.run(["verify", *config_of(tiny, output_dir=run)]) == 2
-        printed = capsys.readouterr()
-        assert str(newest) in printed.err
-    chosen = newest_verified(run / "checkpoints", start())
+        assert str(newest) in capsys.readouterr().err
+    chosen = newest_verified(run / "checkpoints", start(timeout_seconds=60))
     assert chosen is not None and chosen.folder == before
-    if has_manifest:
-        printed = capsys.readouterr()
-        assert newest.name in printed.out and (path.name in printed.out or path.name == "manifest.json"), printed.out
-        assert newest.with_name(f"{newest.name}.corrupt.1").is_dir()
+    printed = capsys.readouterr().out
+    assert newest.name in printed and (path.name in printed or path.name == "manifest.json"), printed
+    assert newest.with_name(f"{newest.name}.corrupt.1").is_dir()
 
 
 @pytest.mark.parametrize("num_flips", [60, pytest.param(600, marks=pytest.mark.slow)])
@@ -158,7 +155,7 @@ def flipped(path: Path) -> None:
     flip(path, random.Random(SEED))
 
 
-KINDS = {"model": "state/*rank_0*model_states.pt", "optimizer": "state/*rank_1*optim_states.pt", "manifest": "manifest.json"}
+KINDS = {"model": "state/*rank_0*model_states.pt", "optimizer": "state/*rank_1*optim_states.pt", "generators": "rng.safetensors", "manifest": "manifest.json"}
 QUICK = {("optimizer", flipped), ("manifest", deleted)}
 
 
