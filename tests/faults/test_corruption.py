@@ -60,21 +60,21 @@ def deleted(path: Path) -> None:
     path.unlink()
 
 
-def swapped_with_the_other_rank(path: Path) -> None:
-    """Two files of one checkpoint change names; a manifest changes with that of the checkpoint before."""
-    folder = path.parents[1] if path.parent.name == "state" else path.parent
+def swapped(path: Path) -> None:
+    """Two files of one checkpoint change names: those of two ranks, or the generators and a state; a manifest is that of the checkpoint before."""
+    if path.name == "manifest.json":
+        other = path.parents[1] / f"step-{step_of(path.parent) - 2:08d}" / path.name
+        path.write_bytes(other.read_bytes())
+        return
     names = {"zero_pp_rank_0_": "zero_pp_rank_1_", "zero_pp_rank_1_": "zero_pp_rank_0_"}
-    other = next((path.with_name(path.name.replace(one, two)) for one, two in names.items() if one in path.name), None)
-    if other is None:
-        other = folder.with_name(f"step-{step_of(folder) - 2:08d}") / path.name
+    other = next((path.with_name(path.name.replace(one, two)) for one, two in names.items() if one in path.name), None) or sorted(path.parent.rglob("*.pt"))[0]
     ours, theirs = path.read_bytes(), other.read_bytes()
     assert ours != theirs
     path.write_bytes(theirs)
-    if other.parent == path.parent:
-        other.write_bytes(ours)
+    other.write_bytes(ours)
 
 
-FAULTS = (cut_to_half, cut_by_a_byte, cut_to_nothing, grown_by_a_byte, all_zeros, end_of_zeros, deleted, swapped_with_the_other_rank)
+FAULTS = (cut_to_half, cut_by_a_byte, cut_to_nothing, grown_by_a_byte, all_zeros, end_of_zeros, deleted, swapped)
 
 
 def files_of(folder: Path) -> list[Path]:
