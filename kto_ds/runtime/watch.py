@@ -27,7 +27,7 @@ FOLLOW_SECONDS = 6.0  # in which the speaking rank has spoken
 LOST_SECONDS = 15.0  # in which a peer that a collective lost is found gone or silent
 BACKSTOP_SECONDS = 60.0  # beyond the timeout, when not even this thread can run
 REPEAT_SECONDS = 1.0
-CONNECTION_WORDS = ("connection", "broken pipe", "timed out", "gloo", "nccl")  # of a collective that lost a peer
+CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl")  # of a collective that lost a peer
 AGAIN = "start the same command again: it goes on from what is saved"
 
 
@@ -245,7 +245,7 @@ class Watch:
             _heading(stacks, "error")
             traceback.print_exception(error, file=stacks)
             stacks.flush()
-        if self._others and isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS):
+        if self._others and _is_of_a_lost_peer(error):
             self._lost = True
             time.sleep(LOST_SECONDS)
         if isinstance(error, Preempted):
@@ -269,6 +269,13 @@ def beat() -> None:
     """Say that the work goes on, from wherever it does."""
     for watch in _current:
         watch.beat()
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed; libraries put other errors around it."""
+    is_one = isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS)
+    inner = error.__cause__ or error.__context__
+    return is_one or inner is not None and _is_of_a_lost_peer(inner)
 
 
 def _heading(stacks: IO[str], what: str) -> None:
