@@ -40,7 +40,7 @@ KILLS = [(STEP_6, 1), (STEP_6, 0), (SAVE_6, 1), (SAVE_6, 0), (SET_UP, 1), (SET_U
 
 @pytest.mark.parametrize("point, victim", [pytest.param(*case, marks=[] if case[0] is STEP_6 else pytest.mark.slow, id=f"{case[0].phase}-{case[1]}") for case in KILLS])
 def test_a_killed_rank_ends_the_other_which_names_it(tiny, unbroken, tmp_path, point, victim):
-    exit_codes, output, seconds = train_with(tiny, tmp_path, point=point, victim=victim, action=functools.partial(send, signal.SIGKILL, then=60))
+    exit_codes, output, seconds = train_with(tiny, tmp_path, point=point, victim=victim, action=functools.partial(send, 0, signal.SIGKILL, pause=1.2))
     survivor = 1 - victim
     assert exit_codes[victim] == -9 and exit_codes[survivor] == 1, output[-4000:]
     assert seconds < 10
