@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
+from kto_ds.redaction import redact
 
 COMMANDS = {
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
@@ -29,9 +30,10 @@ COMMANDS = {
     "evaluate": "score the evaluation rows with an exported model",
     "export": "newest checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
+    "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "demo")
+SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "report", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "inspect": {
@@ -41,6 +43,7 @@ OWN_OPTIONS = {
         "num_ranks": (1, "ranks that the step is shared out to"),
     },
     "train": {"profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile")},
+    "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }
 
 
@@ -57,6 +60,8 @@ class _Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
+            options = [part.split("=")[0] for part in message.split() if part.startswith("--")]
+            message = f"unrecognized arguments: {' '.join(options)}"  # without their values, which may be secrets
             hint = _own_option_hint(self.prog.split()[-1], key) or nearest_key(key, as_option=True)
         raise UserError(message, where="command line", remedy=hint or f"{self.prog} --help lists the options")
 
@@ -109,7 +114,7 @@ def run(argv: list[str]) -> int:
         return EXIT_UNEXPECTED
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and _reader_left()):
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return EXIT_UNEXPECTED
 
 
@@ -179,12 +184,12 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{name}", **kind, help=f"{text} (default: {default})")
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kind, help=f"{text} (default: {default})")
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
-    own = {"config", "print-config", *OWN_OPTIONS.get(command, {})}
-    given = {option[2:].split("=")[0] for option in options if option.startswith("--")} - own
+    own = {"config", "print_config", *OWN_OPTIONS.get(command, {})}
+    given = {option[2:].split("=")[0] for option in options if option.startswith("--") and option[2:].split("=")[0].replace("-", "_") not in own}
     try:
         settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
         config = RunConfig.model_validate(settings.model_dump())
@@ -205,5 +210,5 @@ def _say(message: str) -> None:
         time.sleep(5)
         message = f"[rank {rank}] {message}"
     # Keys, paths and the parser's words about them come from files: none may write control codes to a terminal.
-    shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in message)
+    shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in redact(message))
     print(shown, file=sys.stderr, flush=True)

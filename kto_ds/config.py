@@ -1,5 +1,6 @@
 """Every knob of a run, typed and strict. One section a room; leaf names are those of TRL and transformers where they mean the same."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo,
 
 from kto_ds.config_data import DataConfig
 from kto_ds.config_types import Count, Folder, NonNegative, Positive, Section, Text, refuse_bool
+from kto_ds.redaction import has_userinfo
 
 # A tag tells pydantic which of two types is meant, so that it explains one only. `explain` leaves the tags out again.
 Weight = Annotated[
@@ -97,6 +99,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     num_train_epochs: Positive = Field(1.0, description="passes over the training examples")
     max_steps: Count | None = Field(None, description="optimizer steps of the run; overrides num_train_epochs")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a step with NaN or Inf, or with a loss spike, ends the run before its update, or is left out; numerics.jsonl names its rows")
+    max_skipped_steps: Count = Field(5, description="with on_nonfinite: skip, steps that may be left out in a row")
+    loss_spike_sigmas: Positive | None = Field(None, description="a loss this many standard deviations above the mean of the last 128 steps is a spike; null: none is")
 
 
 class DeepSpeedConfig(Section):
@@ -126,6 +131,15 @@ class ReportConfig(Section):
     wandb: WandbConfig = WandbConfig()
 
 
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of every text in nested dicts and lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{part}".lstrip("."))
+
+
 class RunConfig(Section):
     output_dir: Folder = Field(description="folder of the run: artefacts, checkpoints, metrics, export")
     seed: Annotated[int, BeforeValidator(refuse_bool), Field(ge=0, lt=2**32)] = Field(42, description="data order and KL groups")
@@ -148,6 +162,8 @@ class RunConfig(Section):
                 f"batch.global_batch_size: a step of {self.batch.global_batch_size} cannot hold a KL group of {self.data.kl_group_size} prompts; "
                 f"raise it to {self.data.kl_group_size} or more, or lower data.kl_group_size"
             )
+        if key := next((key for key, text in _texts(self.model_dump(mode="json")) if has_userinfo(text)), None):
+            raise ValueError(f"{key}: holds a URL with a user name or password, which would be written to the run's files; take it out, and log in by a variable or a file of the service")
         return self
 
     @property

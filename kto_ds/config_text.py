@@ -15,6 +15,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from kto_ds.config import RunConfig
 from kto_ds.config_data import FIELDS, SourceConfig
 from kto_ds.errors import UserError, excerpt
+from kto_ds.redaction import redact_values
 
 SEE_HELP = "kto-ds <command> --help says what every key takes"
 # What a remedy shows as the value of a key that takes a mapping, and of the keys of a source.
@@ -89,10 +90,11 @@ def _looks_like_data(path: Path, text: str) -> str:
 
 
 def write_yaml(config: RunConfig, stream) -> None:
+    """Write every key with its value; the values of secret-looking environment variables are left out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(config.model_dump(mode="json"), stream)
+    yaml.dump(redact_values(config.model_dump(mode="json")), stream)
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

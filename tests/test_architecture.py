@@ -19,21 +19,22 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 # cli -> stages -> {rows, data, model, runtime, report, demo} -> {staging, artifacts, config} -> errors, and what the last column says besides.
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"stages", "config", "config_text", "errors"},
-    "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors"},
+    "cli": {"stages", "config", "config_text", "errors", "redaction"},
+    "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "demo": {"artifacts", "config", "errors"},
-    "report": {"artifacts", "config", "errors"},
+    "report": {"artifacts", "config", "errors", "redaction"},
     "runtime": {"artifacts", "staging", "config", "errors"},
     "model": {"artifacts", "config", "errors"},
     "data": {"rows", "artifacts", "config", "errors"},
     "rows": {"config_data", "errors"},
     "staging": {"artifacts", "errors"},
     "artifacts": {"errors"},
-    "config": {"config_data", "config_types", "errors"},
+    "config": {"config_data", "config_types", "errors", "redaction"},
     "config_data": {"config_types", "errors"},
     "config_types": set(),
-    "config_text": {"config", "config_data", "errors"},
+    "config_text": {"config", "config_data", "errors", "redaction"},
     "errors": set(),
+    "redaction": set(),
     "losses": set(),
     "": set(),
 }
@@ -50,7 +51,7 @@ HAND_OVERS = {
     ("runtime.engine", "model.policy"),  # Policy
 }
 # A stage is one sub-command; these files hold what several of them share.
-SHARED_BY_STAGES = {"stages.identity", "stages.inputs", "stages.objective", "stages.serving", "stages.step_work"}
+SHARED_BY_STAGES = {"stages.guard", "stages.identity", "stages.inputs", "stages.objective", "stages.progress", "stages.serving", "stages.step_work"}
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),

@@ -10,6 +10,7 @@ Record = dict[str, float | int | str]
 # label, metric, format
 SHOWN = (
     ("epoch", "epoch", ".2f"),
+    ("skipped", "skipped_steps", "d"),
     ("loss", "loss", ".4f"),
     ("kl", "kl", ".3g"),
     ("margin", "rewards/margins", ".3g"),

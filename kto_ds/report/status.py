@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kto_ds.artifacts import write_atomically
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError
+from kto_ds.redaction import redact
 
 LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
 
@@ -36,6 +37,6 @@ class RunStatus:
             yield self
         except BaseException as error:
             exit_code = error.exit_code if isinstance(error, KtoError) else EXIT_UNEXPECTED
-            self._write("failed", exit_code, f"{type(error).__name__}: {error}")
+            self._write("failed", exit_code, redact(f"{type(error).__name__}: {error}"))
             raise
         self._write("completed", EXIT_OK, "")

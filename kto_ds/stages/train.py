@@ -18,7 +18,6 @@ from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_trainable
-from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
@@ -28,9 +27,11 @@ from kto_ds.runtime.checkpoint import Checkpoint, load_checkpoint, newest_verifi
 from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
+from kto_ds.stages.guard import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import evaluate_split, measure_drift, require_no_drift, train_step
+from kto_ds.stages.progress import Progress
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
@@ -101,7 +102,8 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, don
     """Train from step `done` + 1 to the end and return what every log line took."""
     config, world, inputs, engine, planner = run
     plan, train = inputs.plan, inputs.splits["train"]
-    window: list[StepResult] = []  # steps since the last log line
+    window: list[StepOutcome] = []  # steps since the last log line
+    progress = Progress(step=done, examples=int(plan.step_offsets[done]))
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
     timer = StepTimer(device_clock(engine.device))
@@ -109,15 +111,19 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, don
 
     for work in planner.ahead(done):
         step, learning_rate = work.step, engine.learning_rate
-        result, grad_norm = train_step(engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer)
-        window.append(result)
+        limit = loss_limit(progress.recent_losses, config.train.loss_spike_sigmas)
+        outcome = train_step(engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit)
+        progress = after_step(progress, outcome, len(work.examples))
+        if outcome.problem is not None:
+            settle(outcome.problem, progress, config.train, examples=work.examples, split=train, record_in=config.output_dir if world.is_main else None)
+        window.append(outcome)
         timer.add(work.cost)
         is_last = step == plan.num_steps
 
         # once in a while: log
         if is_last or step % config.report.logging_steps == 0:
             laps.append(timer.lap())
-            metrics = {**kto_metrics(window), "grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics = {**window_metrics(window), "learning_rate": learning_rate}
             speed = speed_metrics(laps[-1], num_steps=len(window), num_ranks=world.num_ranks, peak_flops=peak)
             sinks.log({"split": "train", "step": step, "epoch": plan.epoch_after(step), **metrics, **speed, "peak_memory_gib": peak_memory_gib(engine.device)})
             status.running(step)
@@ -200,7 +206,7 @@ def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> int:
     config, engine = run.config, run.engine
     engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device))
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, config.output_dir / METRICS_FILE)])
+        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE)))])
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint)
         return checkpoint.step
