@@ -83,6 +83,13 @@ def run(command: list[str], *, log: Path, num_ranks: int = 2, before: Callable[[
         return ranks.wait(), ranks.output()
 
 
+def require_success(command: list[str], *, log: Path, num_ranks: int = 2, **variables: str) -> str:
+    """Run a command that must end well on all ranks, and return what it printed."""
+    exit_codes, output = run(command, log=log, num_ranks=num_ranks, **variables)
+    assert exit_codes == [0] * num_ranks, f"{exit_codes}\n{output[-4000:]}"
+    return output
+
+
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     # The server takes over the environment of its start, and each rank that of the server.

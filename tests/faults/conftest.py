@@ -1,0 +1,35 @@
+"""The run that faults are put into, and how it ends without any. A fault in it must not show in the end."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.distributed.tiny_run import config_of, make_tiny_run
+from tests.faults import ranks
+from tests.faults.state import final_state
+
+
+class Unbroken(NamedTuple):
+    run: Path
+    state: dict
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with model, run.yaml, dataset and reference artefact; see make_tiny_run."""
+    folder = make_tiny_run(tmp_path_factory.mktemp("tiny"))
+    ranks.require_success(["precompute-ref", *config_of(folder)], log=folder / "log", num_ranks=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny) -> Unbroken:
+    """The run on two ranks without a fault."""
+    run = tiny / "unbroken"
+    ranks.require_success(["train", *config_of(tiny, output_dir=tiny / "warm", train__max_steps=1)], log=tiny / "log")  # the first start is slower
+    began = time.monotonic()
+    ranks.require_success(["train", *config_of(tiny, output_dir=run)], log=tiny / "log")
+    return Unbroken(run, final_state(run), time.monotonic() - began)
