@@ -56,7 +56,7 @@ SHARED_BY_STAGES = {"stages.guard", "stages.identity", "stages.inputs", "stages.
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),
     "torch.distributed": ("kto_ds/runtime/collectives.py",),
-    "wandb": ("kto_ds/report/sinks.py",),
+    "wandb": ("kto_ds/report/wandb_upload.py",),
     "ruamel": ("kto_ds/config_text.py",),
     "argparse": ("kto_ds/cli.py",),
     "pickle": (),

@@ -6,7 +6,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-Record = dict[str, float | int | str]
+from kto_ds.report.metrics_file import Record
+
 # label, metric, format
 SHOWN = (
     ("epoch", "epoch", ".2f"),

@@ -18,9 +18,10 @@ from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_trainable
+from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
-from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
+from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
 from kto_ds.runtime.checkpoint import Checkpoint, load_checkpoint, newest_verified, require_same_ranks, save_checkpoint, set_aside
