@@ -184,12 +184,12 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kind, help=f"{text} (default: {default})")
+        parser.add_argument(*_spellings(name), dest=name, **kind, help=f"{text} (default: {default})")
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
-    own = {"config", "print_config", *OWN_OPTIONS.get(command, {})}
-    given = {option[2:].split("=")[0] for option in options if option.startswith("--") and option[2:].split("=")[0].replace("-", "_") not in own}
+    own = {"--config", "--print-config", *(spelling for name in OWN_OPTIONS.get(command, {}) for spelling in _spellings(name))}
+    given = {option[2:].split("=")[0] for option in options if option.startswith("--") and option.split("=")[0] not in own}
     try:
         settings = _Settings(_cli_settings_source=overrides(parsed_args=parsed), **values)
         config = RunConfig.model_validate(settings.model_dump())
@@ -201,6 +201,11 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
         what = f"{key[1] if key else 'an option'}: expected a section or a mapping in JSON{place}"
         raise UserError(what, where="command line", remedy="write it in quotes as JSON, such as --report.wandb '{\"mode\": \"offline\"}'") from error
     return config, parsed
+
+
+def _spellings(name: str) -> list[str]:
+    """Return the ways to write an option that is not part of the config: --a_b, and --a-b as most programs have it."""
+    return [f"--{name}", *([f"--{name.replace('_', '-')}"] if "_" in name else [])]
 
 
 def _say(message: str) -> None:

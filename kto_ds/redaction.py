@@ -20,7 +20,7 @@ def redact(text: str) -> str:
     """Return `text` without the secrets of this process: values of secret-looking variables and options, and user and password in URLs."""
     for value in sorted(_secrets(os.environ, sys.argv), key=len, reverse=True):
         # A message may show a value as Python or JSON writes it.
-        for written in (value, ascii(value)[1:-1], json.dumps(value)[1:-1]):
+        for written in (value, repr(value)[1:-1], ascii(value)[1:-1], json.dumps(value)[1:-1]):
             text = text.replace(written, HIDDEN)
     return USERINFO.sub(rf"\1{HIDDEN}@", text)
 
