@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
 from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
+from kto_ds.redaction import redact
 
 COMMANDS = {
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
@@ -30,9 +31,10 @@ COMMANDS = {
     "evaluate": "score the evaluation rows with an exported model",
     "export": "checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
+    "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "demo")
+SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "report", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "inspect": {
@@ -47,6 +49,7 @@ OWN_OPTIONS = {
         "max_wall_time": (None, "save and stop before so much time has passed since the start: seconds, or [D-]HH:MM:SS"),
     },
     "export": {"checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N")},
+    "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }
 OWN = "own "  # ahead of their names while the config is parsed
 
@@ -64,6 +67,8 @@ class _Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
+            options = [part.split("=")[0] for part in message.split() if part.startswith("--")]
+            message = f"unrecognized arguments: {' '.join(options)}"  # without their values, which may be secrets
             hint = _own_option_hint(self.prog.split()[-1], key) or nearest_key(key, as_option=True)
         raise UserError(message, where="command line", remedy=hint or f"{self.prog} --help lists the options")
 
@@ -129,7 +134,7 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and _reader_left()):
             _let_rank_0_speak()
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return EXIT_UNEXPECTED
 
 
@@ -234,5 +239,5 @@ def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     message = message if rank == "0" else f"[rank {rank}] {message}"
     # Keys, paths and the parser's words about them come from files: none may write control codes to a terminal.
-    shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in message)
+    shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in redact(message))
     print(shown, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Every knob of a run, typed and strict. One section a room; leaf names are those of TRL and transformers where they mean the same."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo,
 
 from kto_ds.config_data import DataConfig
 from kto_ds.config_types import Count, Folder, NonNegative, Positive, Section, Text, refuse_bool
+from kto_ds.redaction import has_userinfo
 
 # A tag tells pydantic which of two types is meant, so that it explains one only. `explain` leaves the tags out again.
 Weight = Annotated[
@@ -99,6 +101,9 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(None, description="optimizer steps of the run; overrides num_train_epochs")
     setup_timeout_seconds: Count = Field(7200, description="longest time without progress before the first step is done, and in precompute-ref and evaluate; then the run is ended")
     step_timeout_seconds: Count = Field(1800, description="longest time without progress after it: in a micro-batch, an evaluation's, or a save")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a step with NaN or Inf, or with a loss spike, ends the run before its update, or is left out; numerics.jsonl names its rows")
+    max_skipped_steps: Count = Field(5, description="with on_nonfinite: skip, steps that may be left out in a row")
+    loss_spike_sigmas: Positive | None = Field(None, description="a loss this many standard deviations above the mean of the last 128 steps is a spike; null: none is")
 
 
 class DeepSpeedConfig(Section):
@@ -141,8 +146,17 @@ class WandbConfig(Section):
 
 
 class ReportConfig(Section):
-    logging_steps: Count = Field(1, description="log means over this many steps")
+    logging_steps: Count = Field(1, description="log means over this many steps; an evaluation or a save has a line of its own besides")
     wandb: WandbConfig = WandbConfig()
+
+
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of every text in nested dicts and lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{part}".lstrip("."))
 
 
 class RunConfig(Section):
@@ -167,6 +181,8 @@ class RunConfig(Section):
                 f"batch.global_batch_size: a step of {self.batch.global_batch_size} cannot hold a KL group of {self.data.kl_group_size} prompts; "
                 f"raise it to {self.data.kl_group_size} or more, or lower data.kl_group_size"
             )
+        if key := next((key for key, text in _texts(self.model_dump(mode="json")) if has_userinfo(text)), None):
+            raise ValueError(f"{key}: holds a URL with a user name or password, which would be written to the run's files; take it out, and log in by a variable or a file of the service")
         return self
 
     @property

@@ -15,7 +15,9 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from kto_ds.config import RunConfig
 from kto_ds.config_data import FIELDS, SourceConfig
 from kto_ds.errors import UserError, excerpt
+from kto_ds.redaction import redact_values
 
+MAX_VALUES = 1_000_000  # of a config; a few lines of aliases within aliases stand for billions
 SEE_HELP = "kto-ds <command> --help says what every key takes"
 # What a remedy shows as the value of a key that takes a mapping, and of the keys of a source.
 EXAMPLES = {
@@ -50,6 +52,9 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"cannot read the config: {error.strerror}", where=str(path), remedy="give the path of a YAML file with --config") from error
     except (YAMLError, ValueError, RecursionError) as error:  # numbers and dates that are none are let out as ValueError
         raise _not_yaml(error, path, text) from error
+    if _num_values(values) > MAX_VALUES:
+        what = f"its aliases (*name) stand for more than {MAX_VALUES:,} values"
+        raise UserError(what, where=str(path), remedy="write a config without aliases within aliases")
     if not isinstance(values, dict):
         remedy = _looks_like_data(path, text) or "give a YAML config, with sections such as model: {path: some/model}"
         raise UserError(f"expected a mapping of sections, found {excerpt(values)}", where=str(path), remedy=remedy)
@@ -58,6 +63,17 @@ def read_yaml(path: Path) -> dict:
     if values.keys() & set(FIELDS) and not values.keys() & RunConfig.model_fields.keys():
         raise UserError(f"expected the config of a run, found a row with {excerpt(min(values))}", where=str(path), remedy=_looks_like_data(path, text) or SEE_HELP)
     return values
+
+
+def _num_values(value: object, known: dict[int, float] | None = None) -> float:
+    """Return how many values there are with every alias written out; infinitely many where one holds itself."""
+    known = {} if known is None else known
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # until it has been counted
+        known[id(value)] = 1 + sum(_num_values(inner, known) for inner in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def _not_yaml(error: Exception, path: Path, text: str) -> UserError:
@@ -89,10 +105,11 @@ def _looks_like_data(path: Path, text: str) -> str:
 
 
 def write_yaml(config: RunConfig, stream) -> None:
+    """Write every key with its value; the values of secret-looking environment variables are left out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(config.model_dump(mode="json"), stream)
+    yaml.dump(redact_values(config.model_dump(mode="json")), stream)
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

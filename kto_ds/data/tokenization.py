@@ -45,6 +45,9 @@ def load_tokenizer(path: str, *, revision: str | None, trust_remote_code: bool) 
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Damaged tokenizer files surface as KeyError, AttributeError or a bare Exception, not only as OSError and ValueError.
+        if "trust_remote_code" in str(error):
+            remedy = "read the code; if you trust it, set model.trust_remote_code: true, and for a hub model its commit as model.revision"
+            raise UserError(f"the tokenizer {excerpt(path)} brings Python code of its own, which is not run", where="model.path", remedy=remedy) from error
         found = f"{type(error).__name__}: {excerpt(str(error), limit=400)}"
         raise UserError(f"cannot load the tokenizer {excerpt(path)}: {found}", where="model.path", remedy=remedy) from error
     if tokenizer.eos_token_id is None:

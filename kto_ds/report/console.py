@@ -6,10 +6,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-Record = dict[str, float | int | str]
+from kto_ds.report.metrics_file import Record
+
 # label, metric, format
 SHOWN = (
     ("epoch", "epoch", ".2f"),
+    ("skipped", "skipped_steps", "d"),
     ("loss", "loss", ".4f"),
     ("kl", "kl", ".3g"),
     ("margin", "rewards/margins", ".3g"),

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from kto_ds.report.sinks import read_records
+from kto_ds.report.metrics_file import read_records
 
 BLUE, RED, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#718096"
 # Colour and marker of each evaluation split, so that it can be told without colour too.

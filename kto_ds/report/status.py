@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kto_ds.artifacts import write_atomically
 from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, Preempted, disk_may_be_full
+from kto_ds.redaction import redact
 
 LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
 WRITE_SECONDS = 5.0  # that the end waits for a write under way, on a disk that may never answer
@@ -40,7 +41,7 @@ class RunStatus:
         try:
             if self._state in ("", "running"):
                 self._state, self._written_at = state, self._clock()
-                _put(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": reason}))
+                _put(self._path, json.dumps({"state": state, "step": self._step, "exit_code": exit_code, "reason": redact(reason)}))
         finally:
             self._lock.release()
 

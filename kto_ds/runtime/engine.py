@@ -1,18 +1,19 @@
 """The trainable policy on all ranks. The only caller of deepspeed.initialize."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 from transformers import get_scheduler
 
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
-from kto_ds.errors import NumericsError
 from kto_ds.model.policy import Policy
 from kto_ds.runtime.checkpoint_files import CheckpointFiles
 from kto_ds.runtime.deepspeed_config import gather_by_layer, zero_stage
@@ -64,15 +65,32 @@ class Engine:
             self.deepspeed.step()
 
     def step(self) -> float:
-        """Update the weights and the learning rate; return the gradient norm before clipping. NumericsError if it is not finite."""
+        """Update the weights and the learning rate; return the gradient norm before clipping. Not finite: the gradient is dropped and nothing changes."""
         norm = self._plain_grad_norm() if self.stage == 0 else None
         if norm is not None and not torch.isfinite(norm):
-            raise NumericsError(f"the gradient norm is {float(norm)}")
+            return self.discard_gradients()
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
-        if not self.deepspeed.was_step_applied():
-            raise NumericsError(f"the gradient is not finite (norm {float(norm)}); the update was not applied")
-        return float(norm)
+        return float(norm) if self.deepspeed.was_step_applied() else math.nan
+
+    def discard_gradients(self) -> float:
+        """Drop what the step's backward passes have added up, as if they had not been, and return NaN. All ranks call this in place of `step`.
+
+        ZeRO keeps gradients in buffers of its own, on the device or the host. DeepSpeed clears them where it finds an overflow, and leaves
+        weights, moments and learning rate alone then; so it is told that it found one.
+        """
+        optimizer = self.deepspeed.optimizer
+        if self.stage == 0:
+            self.deepspeed.zero_grad()
+        elif isinstance(optimizer, BF16_Optimizer):  # stage 1 in bfloat16
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
+        else:
+            norm_method, invalid = ("_get_norm_groups", [math.inf]) if self.stage == 3 else ("scaled_global_norm", math.inf)
+            with _replaced(optimizer, norm_method, lambda: invalid):
+                self.deepspeed.step()
+            assert not self.deepspeed.was_step_applied(), "DeepSpeed has applied a gradient that was to be dropped"
+        return math.nan
 
     def _plain_grad_norm(self) -> Tensor:
         # Stage 0 reports no norm unless it clips, and in float32 would apply a NaN.
@@ -118,6 +136,16 @@ def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
         if torch.is_tensor(state.get("step")):
             # Fused kernels want it on the device of the parameter, where one that is loaded from a file is not.
             state["step"] = state["step"].clone().to(parameter.device)
+
+
+@contextmanager
+def _replaced(target: object, method: str, replacement: Callable) -> Iterator[None]:
+    """Give one object another method inside the block."""
+    vars(target)[method] = replacement
+    try:
+        yield
+    finally:
+        del vars(target)[method]
 
 
 def shard_for_reading(policy: Policy, deepspeed_config: dict) -> Callable[..., Tensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from kto_ds.errors import EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted
+from kto_ds.redaction import redact
 from kto_ds.runtime import peers
 from kto_ds.runtime.peers import BEAT_SECONDS, ENDED, SILENT_SECONDS, Beat, End, Peer
 
@@ -220,7 +221,7 @@ class Watch:
                 return
             self._over = True
             if speaks:
-                print(f"\nkto-ds: {'' if end.state == 'preempted' else 'error: '}{end.message}", file=sys.stderr, flush=True)
+                print(redact(f"\nkto-ds: {'' if end.state == 'preempted' else 'error: '}{end.message}"), file=sys.stderr, flush=True)
                 with suppress(OSError):
                     self._on_end(end)
             with suppress(OSError):
@@ -242,7 +243,7 @@ class Watch:
         is_ours = isinstance(error, KtoError)
         if not is_ours:
             _heading(stacks, "error")
-            traceback.print_exception(error, file=stacks)
+            stacks.write(redact("".join(traceback.format_exception(error))))
             stacks.flush()
         if self._others and _is_of_a_lost_peer(error):
             self._lost = True
@@ -250,7 +251,7 @@ class Watch:
         if isinstance(error, Preempted):
             self._leave("preempted")
             return
-        message = str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}"
+        message = redact(str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}")
         with self._lock, suppress(OSError):
             self._over = True
             peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kto_ds.demo import base_model, task
 from kto_ds.errors import KtoError, UserError
-from kto_ds.report.sinks import METRICS_FILE, read_records
+from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.runtime.collectives import free_port
 
 SEED = 0

@@ -12,7 +12,7 @@ from kto_ds.config import LossConfig, OptimConfig, RunConfig
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
-from kto_ds.report.sinks import METRICS_FILE, read_records
+from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.runtime.collectives import World, start
 from kto_ds.runtime.restore import Checkpoint, newest_verified, read_weights, verified
 from kto_ds.runtime.retention import folder_name, list_checkpoints

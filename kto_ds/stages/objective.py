@@ -5,6 +5,7 @@ come in ascending order.
 A log-prob is computed by one rank and is zero on the others, so that sums over ranks are exact, and every rank ends with the same values.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
 from kto_ds.report.throughput import StepTimer
 from kto_ds.runtime.collectives import any_across_ranks, sum_across_ranks
 from kto_ds.runtime.engine import Engine
+from kto_ds.stages.numerics import Problem, StepOutcome, loss_problem
 from kto_ds.stages.step_work import StepWork
 
 # apo_zero_unpaired compares with the reference itself.
@@ -42,14 +44,15 @@ def train_step(
     loss: LossConfig,
     num_ranks: int,
     timer: StepTimer,
+    limit: float = math.inf,
     wants_to_stop: Callable[[], bool],  # of this rank
-) -> tuple[StepResult, float, bool]:
-    """Take one optimizer step and return (its result over all ranks, gradient norm before clipping, whether any rank wants to stop after it).
+) -> StepOutcome:
+    """Take one optimizer step. Where a value is not finite, or the loss above `limit`, the step's gradient is dropped: no weight or moment changes.
 
     Phase A estimates the reference point from mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
     loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
     """
-    examples, device, when = work.examples, engine.device, f"step {work.step}"
+    examples, device = work.examples, engine.device
     desirable = to_device(torch.from_numpy(split.desirable[examples]), device)  # [E]
     references = to_device(torch.from_numpy(reference_logps[examples]), device)  # [E]
 
@@ -65,7 +68,7 @@ def train_step(
     kl = point.kl.to(device)
 
     timer.begin("policy")
-    logps = torch.zeros_like(references)  # [E]
+    logps, own_loss = torch.zeros_like(references), torch.zeros_like(references[:1])  # [E], [1]
     for number, batch in enumerate(work.policy_batches, start=1):
         batch = batch.to(device)
         places = _places(batch.pair_ids, examples, device)
@@ -74,21 +77,21 @@ def train_step(
         # DeepSpeed averages gradients over the ranks; the loss is a mean over the step's examples.
         engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
-    *_, num_stopping = together = sum_across_ranks(torch.cat([logps, logps.new_tensor([wants_to_stop()])]))  # [E + 1]: one collective for both
-    logps = together[:-1]
+        own_loss += terms.losses.detach().sum()
+    together = sum_across_ranks(torch.cat([logps, own_loss, logps.new_tensor([wants_to_stop()])]))  # [E + 2]: one collective for all three
+    logps = together[:-2]
 
     # The first time that the host waits for the device in this step.
-    if mismatched_logps is not None:
-        require_finite(mismatched_logps, work.kl_examples, split, f"{when}, mismatched pairs")
-    require_finite(logps, examples, split, when)
+    loss_sum, num_stopping = together[-2:].tolist()
+    step_loss = loss_sum / len(examples)
+    problem = None if mismatched_logps is None else nonfinite(mismatched_logps, work.kl_examples, split, "mismatched pairs: ")
+    problem = problem or nonfinite(logps, examples, split) or loss_problem(step_loss, limit)
     timer.begin("update")
-    try:
-        grad_norm = engine.step()
-    except NumericsError as error:
-        rows = ", ".join(split.row_name(example) for example in examples[:5].tolist())
-        raise NumericsError(f"{when}: {error}; rows: {rows} and others of the step") from error
+    grad_norm = engine.step() if problem is None else engine.discard_gradients()
     timer.begin("host")
-    return _result(logps, references, desirable, point, loss), grad_norm, bool(num_stopping)
+    if problem is None and not math.isfinite(grad_norm):
+        problem = Problem("gradient", f"the gradient is not finite, though every log-prob is; rows: {_first_rows(examples, split)} and others of the step")
+    return StepOutcome(step_loss, grad_norm, _result(logps, references, desirable, point, loss) if problem is None else None, problem, bool(num_stopping))
 
 
 class Cut(Exception):
@@ -194,11 +197,22 @@ def logps_of(forward: Callable[[Batch], Tensor], batches: Iterable[Batch], pairs
 
 def require_finite(logps: Tensor, examples: np.ndarray, split: TokenizedSplit, when: str) -> None:
     """Raise NumericsError naming the rows of `examples` [N] whose log-probs [N] are NaN or Inf."""
+    if problem := nonfinite(logps, examples, split):
+        raise NumericsError(f"{when}: {problem.message}")
+
+
+def nonfinite(logps: Tensor, examples: np.ndarray, split: TokenizedSplit, of: str = "") -> Problem | None:
+    """Return the problem of log-probs [N] of `examples` [N] that are NaN or Inf, if any are."""
     bad = (~torch.isfinite(logps)).cpu().numpy()
-    if bad.any():
-        rows = ", ".join(split.row_name(example) for example in examples[bad][:5].tolist())
-        blame = f"all of them, so the weights are broken rather than a row: lower optim.learning_rate; rows: {rows}" if bad.all() else f"rows: {rows}"
-        raise NumericsError(f"{when}: {bad.sum()} of {len(bad)} log-probs are NaN or Inf; {blame}")
+    if not bad.any():
+        return None
+    rows = _first_rows(examples[bad], split)
+    blame = f"all of them, so the weights are broken rather than a row: lower optim.learning_rate; rows: {rows}" if bad.all() else f"rows: {rows}"
+    return Problem("log-prob", f"{of}{bad.sum()} of {len(bad)} log-probs are NaN or Inf; {blame}", tuple(examples[bad].tolist()))
+
+
+def _first_rows(examples: np.ndarray, split: TokenizedSplit) -> str:
+    return ", ".join(split.row_name(example) for example in examples[:5].tolist())
 
 
 def _places(pair_ids: np.ndarray, pairs: np.ndarray, device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.report.sinks import METRICS_FILE, Sinks, read_records
+from kto_ds.report.metrics_file import METRICS_FILE, read_records
+from kto_ds.report.sinks import Sinks
 from kto_ds.runtime.checkpoint import save_checkpoint
 from kto_ds.runtime.collectives import World, on_main_rank
 from kto_ds.runtime.engine import Engine
@@ -57,6 +58,14 @@ class Run(NamedTuple):
     def is_evaluated_at(self, step: int) -> bool:
         every = self.config.eval.eval_steps
         return step == self.inputs.plan.num_steps or every is not None and step % every == 0
+
+    def is_saved_at(self, step: int) -> bool:
+        """Whether a save is due in any case; one for a new best or for a stop comes on top."""
+        return step == self.inputs.plan.num_steps or step % self.config.checkpoint.save_steps == 0
+
+    def is_logged_at(self, step: int) -> bool:
+        """Whether the means since the last line are due: also wherever a save may be, as a run that resumes from there knows no step before it."""
+        return step % self.config.report.logging_steps == 0 or self.is_evaluated_at(step) or self.is_saved_at(step)
 
 
 def evaluate(run: Run, sinks: Sinks, progress: Progress, besides: Collection[str] = ()) -> tuple[Progress, bool]:

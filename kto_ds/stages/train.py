@@ -17,10 +17,10 @@ from kto_ds.model.flops import ModelShape, model_shape, peak_flops
 from kto_ds.model.load import load_policy
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_trainable
-from kto_ds.report.metrics import StepResult, kto_metrics
+from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
-from kto_ds.report.sinks import METRICS_FILE, Sinks, open_sinks
+from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
@@ -32,6 +32,7 @@ from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
 from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
 from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
@@ -86,7 +87,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     """Train on from `progress` to the end and return what every log line took, and the step after which the run was stopped, if it was."""
     config, world, inputs, engine, planner, watch, wall_time = run
     plan, train = inputs.plan, inputs.splits["train"]
-    window: list[StepResult] = []  # steps since the last log line
+    window: list[StepOutcome] = []  # steps since the last log line
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
     timer = StepTimer(device_clock(engine.device))
@@ -101,22 +102,25 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     for work in planner.ahead(done):
         step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
         watch.enter("step", step)
-        result, grad_norm, is_stopping = train_step(
-            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, wants_to_stop=run.wants_to_stop
-        )
-        window.append(result)
-        progress = progress._replace(step=step, examples=progress.examples + len(work.examples))
+        outcome = train_step(
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer,
+            limit=loss_limit(progress.recent_losses, config.train.loss_spike_sigmas), wants_to_stop=run.wants_to_stop,
+        )  # fmt: skip
+        is_stopping = outcome.is_stopping
+        progress = after_step(progress, outcome, len(work.examples))
+        if outcome.problem is not None:
+            settle(outcome.problem, progress, config.train, examples=work.examples, split=train, record_in=config.output_dir if world.is_main else None)
+        window.append(outcome)
         timer.add(work.cost)
         wall_time.took(step=time.monotonic() - began)
-        is_last = step == plan.num_steps
         if step == done + 1:  # kernels are compiled, the order of parameters is known
             watch.limit(config.train.step_timeout_seconds)
             limit_waits(config.train.step_timeout_seconds)
 
         # once in a while: log
-        if is_last or step % config.report.logging_steps == 0:
+        if run.is_logged_at(step) or is_stopping:
             laps.append(timer.lap())
-            metrics = {**kto_metrics(window), "grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics = {**window_metrics(window), "learning_rate": learning_rate}
             speed = speed_metrics(laps[-1], num_steps=len(window), num_ranks=world.num_ranks, peak_flops=peak)
             sinks.log({"split": "train", "step": step, "epoch": plan.epoch_after(step), **metrics, **speed, "peak_memory_gib": peak_memory_gib(engine.device)})
             status.running(step)
@@ -132,7 +136,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
 
         # once in a while: save
         is_best = progress.best is not None and progress.best.step == step
-        if is_last or is_best or is_stopping or step % config.checkpoint.save_steps == 0:
+        if run.is_saved_at(step) or is_best or is_stopping:
             save(run, progress)
             is_stopping = is_stopping or any_across_ranks(run.wants_to_stop(), engine.device)  # asked meanwhile: this save is the one
         if is_stopping:
@@ -192,7 +196,7 @@ def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:
     config, engine = run.config, run.engine
     engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device))
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, config.output_dir / METRICS_FILE)])
+        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE)))])
     progress = restore(engine, checkpoint, config.seed, run.world)
     if checkpoint is None:
         _look_at_drift(run)

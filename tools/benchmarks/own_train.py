@@ -61,7 +61,8 @@ def train_ours(config: dict) -> Trained:
     from safetensors import safe_open
 
     from kto_ds.config import RunConfig
-    from kto_ds.report.sinks import METRICS_FILE, Sinks, read_records
+    from kto_ds.report.metrics_file import METRICS_FILE, read_records
+    from kto_ds.report.sinks import Sinks
     from kto_ds.runtime import collectives
     from kto_ds.stages import train
     from kto_ds.stages.inputs import open_dataset
