@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
-from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, UserError
+from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 from kto_ds.redaction import redact
 
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
     "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",
-    "export": "newest checkpoint -> Hugging Face folder",
+    "export": "checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
     "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
     "demo": "the whole pipeline on a small task that a program can check",
@@ -42,9 +42,15 @@ OWN_OPTIONS = {
         "step": (1, "optimizer step whose micro-batches are shown"),
         "num_ranks": (1, "ranks that the step is shared out to"),
     },
-    "train": {"profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile")},
+    "train": {
+        "profile": (False, "write a torch profiler trace of steps 3 to 5 to <output_dir>/profile"),
+        "accept_changes": (False, "go on from the checkpoint although optim or the number of steps has changed since"),
+        "max_wall_time": (None, "save and stop before so much time has passed since the start: seconds, or [D-]HH:MM:SS"),
+    },
+    "export": {"checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N")},
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }
+OWN = "own "  # ahead of their names while the config is parsed
 
 
 class _Settings(RunConfig, BaseSettings):
@@ -69,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 def _own_option_hint(command: str, option: str) -> str:
     """Return a remedy where `option` is, or is nearly, one of those that a command has beside the config keys."""
     for owner, options in OWN_OPTIONS.items():
-        if option in options and owner != command:
+        if option.replace("-", "_") in options and owner != command:
             return f"--{option} is an option of kto-ds {owner}"
     close = difflib.get_close_matches(option, OWN_OPTIONS.get(command, {}), n=1)
     return f"did you mean --{close[0]}?" if close else ""
@@ -107,13 +113,18 @@ def run(argv: list[str]) -> int:
         _run(command, options)
         return EXIT_OK
     except KtoError as error:
-        _say(f"kto-ds: error: {error}")
+        if not isinstance(error, Preempted):  # which rank 0 raises too, after it has closed its files
+            _let_rank_0_speak()
+        if not error.is_told:
+            _say(f"kto-ds: {error}" if isinstance(error, Preempted) else f"kto-ds: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        _let_rank_0_speak()
         _say("kto-ds: interrupted")
         return EXIT_UNEXPECTED
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and _reader_left()):
+            _let_rank_0_speak()
             print(redact(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return EXIT_UNEXPECTED
 
@@ -179,13 +190,14 @@ def _quiet_libraries() -> None:
 
 def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     """Return (resolved config, the options that are not part of it) from `--config RUN.yaml --section.key value ...`."""
-    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False)
+    # An option of ours goes before a section of the config of the same name, whose keys can still be given one by one.
+    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command], allow_abbrev=False, conflict_handler="resolve")
     parser.add_argument("--config", type=Path, required=True, metavar="RUN.yaml", help="the run; options below override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
-        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(*_spellings(name), dest=name, **kind, help=f"{text} (default: {default})")
     overrides = CliSettingsSource(_Settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_enforce_required=False)
+    for name, (default, text) in OWN_OPTIONS.get(command, {}).items():
+        kind = {"action": "store_true"} if default is False else {"type": str if default is None else type(default), "default": default}
+        parser.add_argument(*_spellings(name), dest=f"{OWN}{name}", **kind, help=f"{text} (default: {default})")
     parsed = parser.parse_args(options)
     values = read_yaml(parsed.config)
     own = {"--config", "--print-config", *(spelling for name in OWN_OPTIONS.get(command, {}) for spelling in _spellings(name))}
@@ -200,7 +212,7 @@ def read_config(command: str, options: list[str]) -> tuple[RunConfig, argparse.N
         place = f" ({error.__cause__})" if isinstance(error.__cause__, json.JSONDecodeError) else ""
         what = f"{key[1] if key else 'an option'}: expected a section or a mapping in JSON{place}"
         raise UserError(what, where="command line", remedy="write it in quotes as JSON, such as --report.wandb '{\"mode\": \"offline\"}'") from error
-    return config, parsed
+    return config, argparse.Namespace(**{name.removeprefix(OWN): value for name, value in vars(parsed).items()})
 
 
 def _spellings(name: str) -> list[str]:
@@ -208,12 +220,15 @@ def _spellings(name: str) -> list[str]:
     return [f"--{name}", *([f"--{name.replace('_', '-')}"] if "_" in name else [])]
 
 
-def _say(message: str) -> None:
-    """Print an error once. All ranks meet the same mistakes; a rank other than 0 speaks only if rank 0 has not ended the job by then."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+def _let_rank_0_speak() -> None:
+    """All ranks meet the same mistakes; a rank other than 0 speaks only if rank 0 has not ended the job by then."""
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-        message = f"[rank {rank}] {message}"
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    message = message if rank == "0" else f"[rank {rank}] {message}"
     # Keys, paths and the parser's words about them come from files: none may write control codes to a terminal.
     shown = "".join(character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in redact(message))
     print(shown, file=sys.stderr, flush=True)

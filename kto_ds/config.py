@@ -102,6 +102,8 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a step with NaN or Inf, or with a loss spike, ends the run before its update, or is left out; numerics.jsonl names its rows")
     max_skipped_steps: Count = Field(5, description="with on_nonfinite: skip, steps that may be left out in a row")
     loss_spike_sigmas: Positive | None = Field(None, description="a loss this many standard deviations above the mean of the last 128 steps is a spike; null: none is")
+    setup_timeout_seconds: Count = Field(7200, description="longest time without progress before the first step is done, and in precompute-ref and evaluate; then the run is ended")
+    step_timeout_seconds: Count = Field(1800, description="longest time without progress after it: in a micro-batch, an evaluation's, or a save")
 
 
 class DeepSpeedConfig(Section):
@@ -118,6 +120,23 @@ class CheckpointConfig(Section):
     save_steps: Count = Field(100, description="save every so many steps; the last step is saved always")
     save_total_limit: Annotated[Count, Field(ge=2)] = Field(3, description="verified checkpoints that are kept")
     resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest verified checkpoint of output_dir")
+    metric_for_best_model: Text | None = Field(
+        None, description="metric of an evaluation, <split>/<metric> such as eval/rewards/auc: the step where it is best is saved and kept, whatever else goes"
+    )
+    greater_is_better: bool | None = Field(None, description="whether more of metric_for_best_model is better; default: unless its name ends in loss")
+
+    @field_validator("greater_is_better")
+    @classmethod
+    def _check_greater_is_better(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value is not None and info.data.get("metric_for_best_model", "") is None:
+            raise ValueError("is about checkpoint.metric_for_best_model; set that, or leave this key out")
+        return value
+
+    @property
+    def best_is_greatest(self) -> bool:
+        if self.greater_is_better is None:
+            return not (self.metric_for_best_model or "").endswith("loss")
+        return self.greater_is_better
 
 
 class WandbConfig(Section):

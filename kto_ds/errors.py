@@ -1,15 +1,23 @@
 """What can go wrong in a way that the user should read about, and the exit code each one ends with."""
 
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
 EXIT_USER = 2  # config, data, artefact or environment: the user can mend it
 EXIT_NUMERICS = 3  # NaN or Inf reached a log-prob, the loss or a gradient
+EXIT_PREEMPTED = 75  # asked to stop: what was done is kept, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 class KtoError(Exception):
     """An end of the run that is reported as one message, without a traceback."""
 
     exit_code = EXIT_UNEXPECTED
+    is_told = False  # on a rank other than 0: rank 0 has this error too, and reports it
 
 
 class UserError(KtoError):
@@ -30,6 +38,35 @@ class NumericsError(KtoError):
     """A value that must be finite is not. Raised on all ranks, before the weights are touched."""
 
     exit_code = EXIT_NUMERICS
+
+
+class Preempted(KtoError):
+    """The run was asked to stop, by a signal or its wall time, and what it did is kept. Raised on all ranks."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, a quota, a limit on the size of files
+
+
+def unwritable(error: OSError, folder: Path) -> UserError:
+    """Return the refusal of a write below `folder`: where there is no space, it says how much is left."""
+    left = ""
+    if error.errno in NO_SPACE:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        left = f"; {shutil.disk_usage(existing).free:,} bytes are free"
+    return UserError(f"cannot write: {error.strerror or error}{left}", where=str(folder), remedy="free the space or choose a folder you may write to")
+
+
+@contextmanager
+def disk_may_be_full(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block for want of space into a UserError that names the folder; other ones pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise unwritable(error, folder) from error
 
 
 def excerpt(value: object, limit: int = 120) -> str:

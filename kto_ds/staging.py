@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kto_ds.artifacts import FORMAT, MANIFEST, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError, excerpt, unwritable
 
 # What flock answers on a network file system that was mounted without it.
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -68,12 +71,26 @@ def _lock(path: Path, *, where: Path, remedy: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError("another run is writing here", where=str(where), remedy=remedy) from error
+        raise UserError(f"another run is writing here: {_owner(path)}", where=str(where), remedy=remedy) from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
         print(f"notice: {where}: this file system has no locks, so nothing keeps a second run out of it", flush=True)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # it only says who; a full disk is told where something has to be written
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
     return descriptor
+
+
+def _owner(path: Path) -> str:
+    """Return who holds a lock, as it wrote into it."""
+    try:
+        found = read_json(path)
+        job = f", SLURM job {excerpt(found['slurm_job_id'])}" if found["slurm_job_id"] else ""
+        return f"process {found['pid']:d} on host {excerpt(found['host'])}{job}, since {excerpt(found['started'])}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not said its name yet"
 
 
 # Open descriptors hold the locks; the system lets go of them however a process ends.
@@ -99,7 +116,7 @@ def writing_to(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(final), remedy="free the space or choose a folder you may write to") from error
+        raise unwritable(error, final) from error
 
 
 @contextlib.contextmanager

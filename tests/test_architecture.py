@@ -23,7 +23,7 @@ ALLOWED = {
     "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "demo": {"artifacts", "config", "errors"},
     "report": {"artifacts", "config", "errors", "redaction"},
-    "runtime": {"artifacts", "staging", "config", "errors"},
+    "runtime": {"artifacts", "staging", "config", "errors", "redaction"},
     "model": {"artifacts", "config", "errors"},
     "data": {"rows", "artifacts", "config", "errors"},
     "rows": {"config_data", "errors"},
@@ -51,7 +51,9 @@ HAND_OVERS = {
     ("runtime.engine", "model.policy"),  # Policy
 }
 # A stage is one sub-command; these files hold what several of them share.
-SHARED_BY_STAGES = {"stages.guard", "stages.identity", "stages.inputs", "stages.objective", "stages.progress", "stages.serving", "stages.step_work"}
+SHARED_BY_STAGES = {
+    "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.resume", "stages.run", "stages.serving", "stages.step_work",
+}  # fmt: skip
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),

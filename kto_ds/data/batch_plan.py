@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kto_ds.artifacts import digest_of
 from kto_ds.errors import UserError
 
 
@@ -27,6 +28,11 @@ class BatchPlan:
         """Examples of step `step`, counted from 1, in ascending order: a step is a set."""
         assert 1 <= step <= self.num_steps, f"step {step} is not in 1..{self.num_steps}"
         return np.sort(self.examples[self.step_offsets[step - 1] : self.step_offsets[step]])
+
+    def digest_until(self, step: int) -> str:
+        """Return a digest of the first `step` steps: a run can go on with a plan only if it begins like the one it came from."""
+        offsets = self.step_offsets[: step + 1]
+        return digest_of(offsets.astype("<i8").tobytes(), self.examples[: offsets[-1]].astype("<i8").tobytes())
 
     def epoch_after(self, step: int) -> float:
         """Epochs completed when step `step` is done."""

@@ -85,9 +85,13 @@ def write_shard(folder: Path, plan: str, number: int, rows: ReferenceRows) -> Pa
     prefix = f"kept-{number:06d}" if plan == KEPT else f"scored-{number:06d}.{plan}"
     path = folder / f"{prefix}.{xxhash.xxh3_128(content).hexdigest()}.safetensors"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_bytes(content)
-    fsync_path(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_path(folder)
     return path
 

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import deepspeed
@@ -11,13 +12,17 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from kto_ds.errors import UserError
+from kto_ds.errors import KtoError, UserError
+from kto_ds.runtime.watch import beat
 
 Result = TypeVar("Result")
 
-# Loading and digesting a large model on rank 0 keeps the others waiting in a broadcast.
-TIMEOUT = timedelta(hours=2)
+GRACE_SECONDS = 30  # that a collective waits beyond the watch, which has more to say
+# NCCL's own record of what every rank was doing: kept, and written when a collective times out.
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+FLIGHT_RECORDER_FILE = "TORCH_FR_DUMP_TEMP_FILE"
 
 
 class World(NamedTuple):
@@ -30,8 +35,11 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start() -> World:
-    """Join the process group that the launcher describes in the environment; without a launcher, be the only rank."""
+def start(*, timeout_seconds: float, dumps: Path | None = None) -> World:
+    """Join the process group that the launcher describes in the environment; without a launcher, be the only rank.
+
+    No collective waits longer than `timeout_seconds`; NCCL writes its record of one that did to the folder `dumps`.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -41,11 +49,25 @@ def start() -> World:
         raise UserError(f"rank {local_rank} of this machine has no GPU; {torch.cuda.device_count()} are visible", where="launcher", remedy="start fewer ranks")
     if on_cuda:
         torch.cuda.set_device(device)
+    if dumps is not None:
+        for name, value in {**FLIGHT_RECORDER, FLIGHT_RECORDER_FILE: str(dumps / "nccl_rank")}.items():
+            os.environ.setdefault(name, value)
     if not dist.is_initialized():
         # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, for a minute or more, that only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=TIMEOUT, verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=_limit(timeout_seconds), verbose=False)
+    limit_waits(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _limit(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds + GRACE_SECONDS)
+
+
+def limit_waits(seconds: float) -> None:
+    """Let no collective of any group wait longer than this, from now on."""
+    for group in distributed_c10d._world.pg_map:  # DeepSpeed makes a group of its own
+        distributed_c10d._set_pg_timeout(_limit(seconds), group)
 
 
 def free_memory(world: World) -> int:
@@ -65,6 +87,7 @@ def free_port() -> int:
 def sum_across_ranks(values: Tensor) -> Tensor:
     """Add `values` over the ranks in place and return it."""
     dist.all_reduce(values)
+    beat()
     return values
 
 
@@ -77,6 +100,7 @@ def gather_objects(value: Result) -> list[Result]:
     """Return every rank's value, in rank order, on all ranks."""
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
+    beat()
     return gathered
 
 
@@ -89,7 +113,10 @@ def on_main_rank(action: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome = [(None, error)]
     dist.broadcast_object_list(outcome, src=0)
+    beat()
     result, error = outcome[0]
+    if isinstance(error, KtoError):
+        error.is_told = dist.get_rank() != 0
     if error is not None:
         raise error
     return result
@@ -97,6 +124,7 @@ def on_main_rank(action: Callable[[], Result]) -> Result:
 
 def barrier() -> None:
     dist.barrier()
+    beat()
 
 
 def stop() -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -14,7 +15,14 @@ from transformers import get_scheduler
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
 from kto_ds.model.policy import Policy
+from kto_ds.runtime.checkpoint_files import CheckpointFiles
 from kto_ds.runtime.deepspeed_config import gather_by_layer, zero_stage
+from kto_ds.runtime.unpickling import weights_only
+from kto_ds.runtime.watch import beat
+
+STATE = "state"  # DeepSpeed's tag: the folder of its files below that of a checkpoint
+# Of a parameter group, besides its learning rate, which is the scheduler's.
+HYPERPARAMETERS = ("betas", "eps", "weight_decay")
 
 
 class Engine:
@@ -22,6 +30,7 @@ class Engine:
 
     def __init__(self, policy: Policy, deepspeed_config: dict, optim: OptimConfig, num_steps: int):
         self.stage = zero_stage(deepspeed_config)
+        self.zero_section = deepspeed_config.get("zero_optimization", {})
         self.deepspeed, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[parameter for parameter in policy.parameters() if parameter.requires_grad],
@@ -29,9 +38,15 @@ class Engine:
             lr_scheduler=_scheduler(optim, num_steps),
         )
         self.device = self.deepspeed.device
+        self._files = self.deepspeed.checkpoint_engine = CheckpointFiles()
+        # DeepSpeed would put executable copies of its conversion scripts beside every checkpoint; kto-ds export replaces them.
+        self.deepspeed._copy_recovery_script = lambda save_path: None
+        self._hyperparameters = [{name: group[name] for name in HYPERPARAMETERS} for group in self.deepspeed.basic_optimizer.param_groups]
+        self._base_lrs = list(self.deepspeed.lr_scheduler.base_lrs)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+        beat()
         return self.deepspeed(batch)
 
     def warm_up(self, filler: Batch) -> None:
@@ -86,6 +101,42 @@ class Engine:
     def learning_rate(self) -> float:
         return self.deepspeed.get_lr()[0]
 
+    @property
+    def state_bytes(self) -> int:
+        """About the bytes that all ranks together save: weights, where a rank has them whole, float32 master weights, two moments."""
+        parameters = [parameter for parameter in self.deepspeed.module.parameters() if parameter.requires_grad]
+        saves_weights, saves_masters = self.stage < 3, self.stage > 0 or parameters[0].element_size() < 4
+        return sum(_numel(parameter) * (saves_weights * parameter.element_size() + 4 * saves_masters + 8) for parameter in parameters)
+
+    def save(self, folder: Path) -> tuple[list[Path], str]:
+        """Write the state below `folder`, each rank its part; return (what this rank wrote, what went wrong here or an empty text)."""
+        self._files.begin()
+        self.deepspeed.save_checkpoint(str(folder), tag=STATE, save_latest=False)
+        return self._files.written, self._files.problem
+
+    def load(self, folder: Path, *, is_universal: bool) -> None:
+        """Put back what `save` wrote, or what world_size.py made of it; the hyper-parameters stay those that the engine was made with."""
+        self.deepspeed._config.load_universal_checkpoint = is_universal
+        with weights_only():
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE)
+        self.deepspeed._config.load_universal_checkpoint = False
+        assert loaded is not None, f"{folder} did not load"
+        optimizer, scheduler = self.deepspeed.basic_optimizer, self.deepspeed.lr_scheduler
+        if is_universal:
+            _separate_steps(optimizer)
+        scheduler.base_lrs = list(self._base_lrs)
+        scheduler._last_lr = [base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(self._base_lrs, scheduler.lr_lambdas)]
+        for group, hyperparameters, base_lr, lr in zip(optimizer.param_groups, self._hyperparameters, self._base_lrs, scheduler._last_lr):
+            group.update(hyperparameters, lr=lr, initial_lr=base_lr)
+
+
+def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter an Adam step counter of its own: DeepSpeed hands one tensor to all of them, and each would count it on."""
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            # Fused kernels want it on the device of the parameter, where one that is loaded from a file is not.
+            state["step"] = state["step"].clone().to(parameter.device)
+
 
 @contextmanager
 def _replaced(target: object, method: str, replacement: Callable) -> Iterator[None]:
@@ -110,9 +161,13 @@ def _prepared(policy: Policy, deepspeed_config: dict) -> dict:
     if zero_stage(deepspeed_config) != 3 or not layers:
         return deepspeed_config
     deepspeed.utils.set_z3_leaf_modules(policy, list({type(layer) for layer in layers}))
-    # A partitioned parameter has no elements of its own; DeepSpeed notes how many there are.
-    sizes = [sum(vars(parameter).get("ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers]
+    sizes = [sum(map(_numel, layer.parameters())) for layer in layers]
     return gather_by_layer(deepspeed_config, layer_numel=max(sizes))
+
+
+def _numel(parameter: Tensor) -> int:
+    # A partitioned parameter has no elements of its own; DeepSpeed notes how many there are.
+    return vars(parameter).get("ds_numel", parameter.numel())
 
 
 def _scheduler(optim: OptimConfig, num_steps: int) -> Callable:

@@ -2,6 +2,8 @@
 
 import json
 
+from transformers import PretrainedConfig
+
 from kto_ds.artifacts import write_atomically
 from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
@@ -9,7 +11,8 @@ from kto_ds.data.sharding import Sharding
 from kto_ds.errors import UserError
 from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config, require_positions
-from kto_ds.runtime.collectives import barrier, on_main_rank, start
+from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
+from kto_ds.runtime.guard import guarded, stacks_folder
 from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import evaluate_split
@@ -24,7 +27,14 @@ def main(config: RunConfig) -> None:
         raise UserError("no evaluation rows", where="data.eval", remedy=remedy)
     model = _model_to_evaluate(config)
     model_config = read_model_config(model, where="eval.path")
-    world = start()
+    seconds = config.train.setup_timeout_seconds
+    world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "evaluate"))
+    with guarded(world, config.output_dir, "evaluate", seconds=seconds):
+        _evaluate(config, model, model_config, world)
+        barrier()
+
+
+def _evaluate(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, world: World) -> None:
     splits, manifest = open_dataset(config)
     on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
@@ -38,7 +48,6 @@ def main(config: RunConfig) -> None:
     metrics = {name: evaluate_split(scorer, splits[name], references[name], loss, sharding=sharding) for name in names}
     if world.is_main:
         _report(config, model, loss, metrics)
-    barrier()
 
 
 def _report(config: RunConfig, model: ModelConfig, loss: LossConfig, metrics: dict[str, dict[str, float]]) -> None:

@@ -1,21 +1,24 @@
-"""Newest checkpoint -> a Hugging Face folder: sharded safetensors, config, tokenizer, model card."""
+"""A checkpoint, the newest if none is named -> a Hugging Face folder: sharded safetensors, config, tokenizer, model card."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from kto_ds.artifacts import require_match
-from kto_ds.config import LossConfig, RunConfig
+from kto_ds.config import LossConfig, OptimConfig, RunConfig
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import DTYPES, read_model_config
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
-from kto_ds.runtime.checkpoint import Checkpoint, newest_verified, read_weights
-from kto_ds.runtime.collectives import start
-from kto_ds.stages.identity import library_versions, run_record, run_tokenizer, weights_line, weights_of_record
+from kto_ds.runtime.collectives import World, start
+from kto_ds.runtime.restore import Checkpoint, newest_verified, read_weights, verified
+from kto_ds.runtime.retention import folder_name, list_checkpoints
+from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
+from kto_ds.stages.progress import Progress
+from kto_ds.stages.resume import FIXED, changes
 from kto_ds.staging import staged_folder
 
 MAX_SHARD_SIZE = "5GB"
@@ -23,21 +26,18 @@ TRAIN_FIRST = "run kto-ds train --config RUN.yaml"
 POLICY_PREFIX = "lm."  # where Policy keeps the language model
 
 
-def main(config: RunConfig) -> None:
+def main(config: RunConfig, checkpoint: str = "latest") -> None:
+    """`checkpoint` is latest, best or step-N."""
     model_config = read_model_config(config.model)
-    world = start()
-    checkpoint = newest_verified(config.output_dir / "checkpoints", world)
-    if checkpoint is None:
-        raise UserError("there is no checkpoint", where=str(config.output_dir / "checkpoints"), remedy=TRAIN_FIRST)
-    remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
-    loss = weights_of_record(config.loss, checkpoint.manifest["record"])
-    require_match(run_record(config, loss), checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
+    chosen = _choose(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
+    loss = weights_of_config(config.loss, chosen.manifest["config"])
+    _require_same_config(config, loss, chosen)
     dtype = DTYPES[config.model.dtype]
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.model.trust_remote_code)
-    _assign(lm, {name.removeprefix(POLICY_PREFIX): weight.to(dtype) for name, weight in read_weights(checkpoint).items()})
+    _assign(lm, {name.removeprefix(POLICY_PREFIX): weight.to(dtype) for name, weight in read_weights(chosen).items()})
     lm.generation_config = _generation_config(config)
-    tokenizer, text = run_tokenizer(config), _model_card(config, loss, checkpoint)
+    tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen)
     with staged_folder(config.export_dir) as folder:
         lm.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
@@ -46,7 +46,39 @@ def main(config: RunConfig) -> None:
         # safetensors makes files that only their owner can read; a model is for sharing, as far as the umask allows.
         for path in folder.iterdir():
             path.chmod(card.stat().st_mode)
-    print(f"exported step {checkpoint.step} to {config.export_dir}")
+    print(f"exported step {chosen.step} to {config.export_dir}")
+
+
+def _choose(root: Path, name: str, world: World) -> Checkpoint:
+    """Return the verified checkpoint of this name: latest, best (of checkpoint.metric_for_best_model, when it was last looked at) or step-N."""
+    named = re.fullmatch(r"step-(\d+)", name)
+    if name not in ("latest", "best") and not named:
+        raise UserError(f"no such checkpoint: {excerpt(name)}", where="--checkpoint", remedy="give latest, best, or one of step-N")
+    if named:
+        step = int(named[1])
+    else:
+        newest = newest_verified(root, world)
+        if newest is None:
+            raise UserError("there is no checkpoint", where=str(root), remedy=TRAIN_FIRST)
+        if name == "latest":
+            return newest
+        best = Progress.from_json(newest.manifest["progress"]).best
+        if best is None:
+            raise UserError("this run has not looked for a best checkpoint", where="--checkpoint", remedy="train with checkpoint.metric_for_best_model, or leave this option out")
+        step = best.step
+    folder = root / folder_name(step)
+    if not folder.is_dir():
+        known = ", ".join(f"step-{step}" for step, _ in list_checkpoints(root)) or "none"
+        raise UserError(f"there is no checkpoint of step {step}; there are: {known}", where=str(root), remedy="choose one of these, or leave this option out")
+    return verified(folder, world)
+
+
+def _require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another model, seed, loss or batch. What may change in the middle of a run is read from the checkpoint itself."""
+    found = changes(checkpoint.manifest["config"], config.model_copy(update={"loss": loss}).model_dump(mode="json"))
+    if differing := [str(change) for change in found if change.key in FIXED]:
+        remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
+        raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
 
 
 def _assign(lm: torch.nn.Module, weights: dict[str, Tensor]) -> None:
@@ -70,9 +102,9 @@ def _generation_config(config: RunConfig) -> GenerationConfig:
 
 def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> str:
     sources = "\n".join(f"- `{Path(source.path).name}`" + (f", split `{source.split}`" if source.split else "") for source in config.data.train)
-    metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config).items() for name, value in record.items() if isinstance(value, (int, float)))
+    metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config, checkpoint.step).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    optim = config.optim
+    optim = OptimConfig.model_validate(checkpoint.manifest["config"]["optim"])
     return f"""---
 base_model: {json.dumps(config.model.path)}
 library_name: transformers
@@ -111,6 +143,7 @@ def _data_line(config: RunConfig) -> str:
     return f"{report['examples']:,} examples ({report['desirable']:,} desirable, {report['undesirable']:,} undesirable, {report['tokens']:,} tokens) of"
 
 
-def _last_records(config: RunConfig) -> dict[str, dict]:
+def _last_records(config: RunConfig, step: int) -> dict[str, dict]:
+    """Return the last record of each split up to a step."""
     path = config.output_dir / METRICS_FILE
-    return {record["split"]: record for record in read_records(path)} if path.is_file() else {}
+    return {record["split"]: record for record in read_records(path) if record["step"] <= step} if path.is_file() else {}

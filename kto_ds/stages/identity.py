@@ -16,6 +16,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.tokenization import load_tokenizer
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import model_digest, quantization
+from kto_ds.redaction import redact_values
 from kto_ds.rows.sources import list_files
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
@@ -143,22 +144,16 @@ def weights_line(loss: LossConfig) -> str:
     return f"{loss.desirable_weight:.4g} (desirable) and {loss.undesirable_weight:.4g} (undesirable)"
 
 
-def weights_of_record(loss: LossConfig, record: dict) -> LossConfig:
-    """Return the loss with the numbers of a checkpoint's record in place of automatic weights."""
+def weights_of_config(loss: LossConfig, saved: dict) -> LossConfig:
+    """Return the loss with the numbers of a checkpoint's config in place of automatic weights."""
     names = [name for name in ("desirable_weight", "undesirable_weight") if loss.model_dump()[name] == "auto"]
-    return loss.model_copy(update={name: record["loss"][name] for name in names})
+    return loss.model_copy(update={name: saved["loss"][name] for name in names})
 
 
-def run_record(config: RunConfig, loss: LossConfig) -> dict:
-    """What a checkpoint remembers of its run: a resume and an export must find it unchanged. `loss` has numbers as weights."""
-    return {
-        "seed": config.seed,
-        "model": config.model.path,
-        "dtype": config.model.dtype,
-        "global_batch_size": config.batch.global_batch_size,
-        "loss": loss.model_dump(mode="json"),
-        **config.model_dump(mode="json", include={"optim", "train"}),
-    }
+def run_record(config: RunConfig, loss: LossConfig, identity: dict) -> dict:
+    """What a checkpoint remembers of its run; what a resume makes of it is in resume.py. `loss` has numbers as weights, `identity` is of its inputs."""
+    resolved = config.model_copy(update={"loss": loss}).model_dump(mode="json")
+    return {"config": redact_values(resolved), "identity": identity, "versions": library_versions()}
 
 
 def require_same_tokenizer(model: ModelConfig, dataset_manifest: dict, *, where: str) -> None:

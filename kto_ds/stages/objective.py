@@ -6,7 +6,8 @@ A log-prob is computed by one rank and is zero on the others, so that sums over 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from kto_ds.losses import ReferencePoint, kto_terms, reference_point
 from kto_ds.model.scoring import score_batch
 from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
 from kto_ds.report.throughput import StepTimer
-from kto_ds.runtime.collectives import sum_across_ranks
+from kto_ds.runtime.collectives import any_across_ranks, sum_across_ranks
 from kto_ds.runtime.engine import Engine
-from kto_ds.stages.guard import Problem, StepOutcome, loss_problem
+from kto_ds.stages.numerics import Problem, StepOutcome, loss_problem
 from kto_ds.stages.step_work import StepWork
 
 # apo_zero_unpaired compares with the reference itself.
@@ -43,7 +44,8 @@ def train_step(
     loss: LossConfig,
     num_ranks: int,
     timer: StepTimer,
-    limit: float = math.inf,
+    limit: float,
+    wants_to_stop: Callable[[], bool],  # of this rank
 ) -> StepOutcome:
     """Take one optimizer step. Where a value is not finite, or the loss above `limit`, the step's gradient is dropped: no weight or moment changes.
 
@@ -76,11 +78,12 @@ def train_step(
         engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
         own_loss += terms.losses.detach().sum()
-    summed = sum_across_ranks(torch.cat([logps, own_loss]))
-    logps = summed[:-1]
+    summed = sum_across_ranks(torch.cat([logps, own_loss, own_loss.new_tensor([wants_to_stop()])]))  # [E + 2]: one collective for all
+    logps = summed[:-2]
 
     # The first time that the host waits for the device in this step.
-    step_loss = float(summed[-1]) / len(examples)
+    loss_sum, num_stopping = summed[-2:].tolist()
+    step_loss = loss_sum / len(examples)
     problem = None if mismatched_logps is None else nonfinite(mismatched_logps, work.kl_examples, split, "mismatched pairs: ")
     problem = problem or nonfinite(logps, examples, split) or loss_problem(step_loss, limit)
     timer.begin("update")
@@ -88,7 +91,12 @@ def train_step(
     timer.begin("host")
     if problem is None and not math.isfinite(grad_norm):
         problem = Problem("gradient", f"the gradient is not finite, though every log-prob is; rows: {_first_rows(examples, split)} and others of the step")
-    return StepOutcome(step_loss, grad_norm, _result(logps, references, desirable, point, loss) if problem is None else None, problem)
+    result = None if problem else _result(logps, references, desirable, point, loss)
+    return StepOutcome(step_loss, grad_norm, result, problem, is_stopping=bool(num_stopping))
+
+
+class Cut(Exception):
+    """An evaluation is not brought to its end, because the run is to stop. Raised on all ranks."""
 
 
 def evaluate_split(
@@ -98,17 +106,22 @@ def evaluate_split(
     loss: LossConfig,
     *,
     sharding: Sharding,
+    wants_to_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of the split: z is estimated once from all its mismatched pairs. All ranks call this and get the same result."""
+    """Return the metrics of the split: z is estimated once from all its mismatched pairs. All ranks call this and get the same result.
+
+    Where `wants_to_stop` is given it is asked before every micro-batch; once any rank's says yes, Cut is raised on all of them.
+    """
     examples = np.arange(split.num_examples)
     matched_references, mismatched_references = (torch.from_numpy(half).to(sharding.device) for half in np.split(np.array(reference_logps), 2))  # [E]
     point = NO_REFERENCE_POINT
+    batches_of = partial(_until_cut, split=split, sharding=sharding, wants_to_stop=wants_to_stop)
     if loss.loss_type == "kto":
         mismatched = split.mismatched_pairs(examples)
-        mismatched_logps = logps_of(forward, sharding.batches(mismatched, split), mismatched, sharding.device)
+        mismatched_logps = logps_of(forward, batches_of(mismatched), mismatched, sharding.device)
         require_finite(mismatched_logps, examples, split, "evaluation, mismatched pairs")
         point = reference_point(mismatched_logps - mismatched_references)
-    logps = logps_of(forward, sharding.batches(examples, split), examples, sharding.device)
+    logps = logps_of(forward, batches_of(examples), examples, sharding.device)
     require_finite(logps, examples, split, "evaluation")
     desirable = np.array(split.desirable)
     result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), point, loss)
@@ -116,6 +129,22 @@ def evaluate_split(
     if desirable.any() and not desirable.all():
         metrics["rewards/auc"] = reward_auc(result.rewards, desirable)
     return metrics
+
+
+def _until_cut(pairs: np.ndarray, *, split: TokenizedSplit, sharding: Sharding, wants_to_stop: Callable[[], bool] | None) -> Iterator[Batch]:
+    for batch in sharding.batches(pairs, split):
+        if wants_to_stop and any_across_ranks(wants_to_stop(), sharding.device):
+            raise Cut
+        yield batch
+
+
+def evaluation_metrics(split: TokenizedSplit, loss: LossConfig) -> list[str]:
+    """Return the names of the metrics that evaluate_split gives for a split: they hang on its labels and on the loss."""
+    desirable = np.array(split.desirable)
+    nothing = np.zeros(len(desirable))
+    kl_stderr = float("nan") if loss.loss_type == "kto" and len(desirable) == 1 else 0.0  # as reference_point says it
+    names = list(kto_metrics([StepResult(nothing, nothing, nothing, desirable, kl=0.0, kl_raw=0.0, kl_stderr=kl_stderr)]))
+    return [*names, "rewards/auc"] if desirable.any() and not desirable.all() else names
 
 
 class Drift(NamedTuple):

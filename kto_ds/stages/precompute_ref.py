@@ -7,31 +7,32 @@ artefact or an unfinished one knows of the same model is taken over by the conte
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from kto_ds.artifacts import canonical_json, damaged_files, describe_file, digest_of, incomplete_path, move_into_place, read_manifest, recover, seal
-from kto_ds.config import RunConfig
+from kto_ds.config import ModelConfig, RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
-from kto_ds.data.packing import Layout, MicroBatch
-from kto_ds.data.reference import KEPT, LARGEST_LOGP, ROUNDING, ReferenceRows, committed_shards, is_part, join_rows, no_rows, plan_of, read_shards, split_rows, write_shard
+from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, is_part, join_rows, plan_of, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import PLAN_RULES, Shard, Wanted, plan_shards, wanted_pairs
 from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
 from kto_ds.model.placement import Placement
-from kto_ds.model.scoring import Serving, choose_serving, score
+from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.report.console import bar_interval
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
+from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
+from kto_ds.runtime.watch import Watch
 from kto_ds.stages.identity import gives_same_values, is_same_model, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
 from kto_ds.stages.inputs import open_dataset, read_reference
-from kto_ds.stages.serving import load_scorer, place
+from kto_ds.stages.serving import Way, load_scorer, place, score_shard
 from kto_ds.staging import finish_folder, fresh_folder, keep_only, locked, require_own_place, resume_state, write_resume, writing_to
 
 GIVEN_UP = "given_up-"  # of a file in the unfinished folder: ranks with a copy each have no collective to tell each other while they score
@@ -47,20 +48,16 @@ class Work(NamedTuple):
     given_up: Path  # no file of this name was there before: what a network file system remembers of an earlier attempt must not end this one
 
 
-class Way(NamedTuple):
-    """How pairs are scored here."""
-
-    scorer: Callable[..., Tensor]
-    layout: Layout
-    placement: Placement
-    per_token: bool
-    world: World
-
-
 def main(config: RunConfig) -> None:
     model = reference_model(config)
     model_config = read_model_config(model, where="reference.path" if config.reference.path else "model.path")
-    world = start()
+    seconds = config.train.setup_timeout_seconds
+    world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "precompute-ref"))
+    with guarded(world, config.output_dir, "precompute-ref", seconds=seconds) as watch:
+        _precompute(config, model, model_config, world, watch)
+
+
+def _precompute(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, world: World, watch: Watch) -> None:
     on_main_rank(lambda: require_own_place(config.reference_dir, "reference", is_part))
     splits, dataset_manifest = open_dataset(config)
     require_positions(model_config, max(split.longest_pair_tokens for split in splits.values()), "reference.path" if config.reference.path else "model.path")
@@ -82,7 +79,9 @@ def main(config: RunConfig) -> None:
             if world.is_main:
                 _say_what_will_be_done(work, model.path, serving, placement)
             scorer = load_scorer(config, model, model_config, serving, placement, world)
-            _score_all(work, splits, Way(scorer, serving.layout, placement, config.reference.per_token, world))
+            watch.enter("scoring")
+            _score_all(work, splits, Way(scorer, serving.layout, placement, config.reference.per_token, world), watch)
+            watch.enter("sealing", at_once=True)
         manifest = {"kind": "reference", "identity": identity, "origin": origin, "layout": serving.layout, "attention": serving.backend, "kernels": serving.kernels,
                     "per_token": config.reference.per_token, "pairs": len(wanted.keys), "libraries": library_versions()}  # fmt: skip
         on_main_rank(lambda: _finish(config, work, wanted, manifest))
@@ -191,8 +190,11 @@ def _say_what_will_be_done(work: Work, path: str, serving: Serving, placement: P
         print(f"notice: {serving.notice}", flush=True)
 
 
-def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
-    """Score and commit all shards that are left, in rounds of one shard a rank; NumericsError on all ranks when a log-prob is not usable."""
+def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way, watch: Watch) -> None:
+    """Score and commit all shards that are left, in rounds of one shard a rank.
+
+    On all ranks: NumericsError when a log-prob is not usable, Preempted when any of them was asked to stop.
+    """
     world = way.world
     rounds = [work.todo[start : start + world.num_ranks] for start in range(0, len(work.todo), world.num_ranks)]
     mine = [numbers[world.rank] if world.rank < len(numbers) else None for numbers in rounds]
@@ -206,7 +208,10 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
             try:
-                rows, bad_rows = score_shard(tasks, fillers, splits, way, progress.update)
+                scored = score_shard(tasks, fillers, splits, way, progress.update, is_over=lambda: _is_over(watch.stop_reason is not None, work.given_up, way))
+                if scored is None:
+                    break
+                rows, bad_rows = scored
                 if number is not None and not bad_rows:
                     with writing_to(work.folder):
                         write_shard(work.folder, work.plan, number, rows)
@@ -222,32 +227,12 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way) -> None:
         raise failures[0]
     if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:
         raise NumericsError(f"{len(bad_rows)} reference log-probs are not finite, or above 0; rows: {', '.join(bad_rows[:5])}")
+    if reason := reason_to_stop(watch):
+        kept = len(committed_shards(work.folder, work.plan))
+        raise preempted(world, f"{reason}: stopped; {kept:,} of {len(work.shards):,} shards of log-probs are kept")
     tokens, seconds = sum(gather_objects(total)), time.perf_counter() - began
     if world.is_main:
         print(f"scored {tokens:,} tokens in {seconds:.1f} s on {world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}: {tokens / seconds:,.0f} tokens/s", flush=True)
-
-
-def score_shard(
-    shard: Shard, fillers: int, splits: dict[str, TokenizedSplit], way: Way, on_tokens: Callable[[int], object]
-) -> tuple[ReferenceRows, list[str]]:
-    """Return the scored rows of a shard, and the names of the examples whose log-prob cannot be used. The device is waited for once, at the end."""
-    any_split = next(iter(splits.values()))
-    passes: list[tuple[TokenizedSplit, MicroBatch]] = [(splits[task.split], task.micro_batch) for task in shard] + [(any_split, [])] * fillers
-    scored = []
-    for split, micro_batch in passes:
-        scored.append((split, score(way.scorer, micro_batch, split, layout=way.layout, device=way.world.device, per_token=way.per_token)))
-        on_tokens(sum(unit.tokens for unit in micro_batch))
-    if not shard:
-        return no_rows(way.per_token), []
-    logps = torch.cat([part.logps for _, part in scored]).cpu().numpy()
-    bad = ~np.isfinite(logps) | (logps > ROUNDING)
-    if bad.any():
-        names = [split.row_name(pair % split.num_examples) for split, part in scored for pair in part.pairs.tolist()]
-        return no_rows(way.per_token), [names[place] for place in np.flatnonzero(bad)]
-    keys = np.concatenate([split.pair_keys[part.pairs] for split, part in scored])
-    num_tokens = np.concatenate([split.pair_lengths[part.pairs] for split, part in scored]).astype(np.int32)
-    token_logps = torch.cat([part.token_logps for _, part in scored]).cpu().numpy() if way.per_token else None
-    return ReferenceRows(keys, np.minimum(logps, LARGEST_LOGP), num_tokens, token_logps), []
 
 
 def _too_large(error: torch.OutOfMemoryError) -> UserError:
@@ -256,7 +241,7 @@ def _too_large(error: torch.OutOfMemoryError) -> UserError:
 
 
 def _is_over(is_over_here: bool, given_up: Path, way: Way) -> bool:
-    """Tell whether any rank has met a log-prob that cannot be used, or an error; there is no artefact to be made then."""
+    """Tell whether any rank has met a log-prob that cannot be used or an error, or was asked to stop; there is no artefact to be made then."""
     if way.placement.kind == "sharded":
         return any_across_ranks(is_over_here, way.world.device)
     if is_over_here:

@@ -25,6 +25,7 @@ from kto_ds.model.support import longest_servable, read_model_config
 from kto_ds.report.console import bar_interval
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
+from kto_ds.runtime.signals import interruptible
 from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
 from kto_ds.staging import can_resume, claim_folder, require_own_place, resumable_folder
 
@@ -66,6 +67,11 @@ class Split(NamedTuple):
 
 
 def main(config: RunConfig) -> None:
+    with interruptible("what is tokenized so far is kept"):
+        _prepare(config)
+
+
+def _prepare(config: RunConfig) -> None:
     model_config = read_model_config(config.model)
     _require_positions(config.data.max_length, longest_servable(model_config))
     deepspeed_config = read_deepspeed_config(config.deepspeed.config)  # a mistake there should not wait for train

@@ -1,6 +1,8 @@
-"""How far a run is."""
+"""How far a run is, besides weights and optimizer. No ranks and no files in it; a checkpoint keeps it in its manifest."""
 
 from typing import NamedTuple
+
+from kto_ds.config import CheckpointConfig
 
 
 class Best(NamedTuple):
@@ -17,11 +19,23 @@ class Progress(NamedTuple):
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()  # window of the spike guard, oldest first
     best: Best | None = None  # of checkpoint.metric_for_best_model
-    wandb_run_id: str | None = None
 
     def to_json(self) -> dict:
-        return {**self._asdict(), "recent_losses": list(self.recent_losses), "best": self.best and self.best._asdict()}
+        best = self.best and self.best._asdict()
+        return {**self._asdict(), "recent_losses": list(self.recent_losses), "best": best}
 
     @classmethod
-    def from_json(cls, found: dict) -> "Progress":
-        return cls(**{**found, "recent_losses": tuple(found["recent_losses"]), "best": found["best"] and Best(**found["best"])})
+    def from_json(cls, fields: dict) -> "Progress":
+        """Return what to_json wrote; a field that a newer version has added gets its default."""
+        best = fields.get("best") and Best(**fields["best"])
+        return cls(**{**fields, "recent_losses": tuple(fields.get("recent_losses", ())), "best": best})
+
+
+def with_evaluation(progress: Progress, checkpoint: CheckpointConfig, split: str, metrics: dict[str, float]) -> Progress:
+    """Return the progress after an evaluation of `split` at its step: with a new best, where this is the metric asked for and it is better than ever."""
+    wanted = checkpoint.metric_for_best_model
+    if wanted not in [f"{split}/{name}" for name in metrics]:
+        return progress
+    value = metrics[wanted.removeprefix(f"{split}/")]
+    is_better = progress.best is None or (value > progress.best.value if checkpoint.best_is_greatest else value < progress.best.value)
+    return progress._replace(best=Best(value, progress.step)) if is_better else progress

@@ -10,7 +10,7 @@ from kto_ds.errors import UserError
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.wandb_process import WandbProcess, wandb_order
-from kto_ds.stages.guard import NUMERICS_FILE
+from kto_ds.stages.numerics import NUMERICS_FILE
 
 UPLOAD_SECONDS = 600
 

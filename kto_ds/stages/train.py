@@ -1,16 +1,15 @@
 """KTO under DeepSpeed: set-up in one screen, the loop in another. One step is in objective.py."""
 
-from pathlib import Path
-from typing import NamedTuple
+import time
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from kto_ds.artifacts import digest_of, require_match
-from kto_ds.config import LossConfig, RunConfig
+from kto_ds.artifacts import digest_of
+from kto_ds.config import RunConfig
 from kto_ds.config_text import write_yaml
-from kto_ds.data.batch_plan import BatchPlan, plan_batches
-from kto_ds.data.dataset import FILES, TokenizedSplit
+from kto_ds.data.batch_plan import plan_batches
+from kto_ds.data.dataset import FILES
 from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
 from kto_ds.model.checkpointing import checkpointed_share, in_words
@@ -24,72 +23,57 @@ from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
-from kto_ds.runtime.checkpoint import Checkpoint, load_checkpoint, newest_verified, require_same_ranks, save_checkpoint, set_aside
-from kto_ds.runtime.collectives import World, barrier, gather_objects, on_main_rank, start
+from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
-from kto_ds.stages.guard import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
+from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
+from kto_ds.runtime.restore import Checkpoint
+from kto_ds.runtime.retention import set_aside
+from kto_ds.runtime.signals import WallTime, wall_seconds
 from kto_ds.stages.identity import resolve_weights, run_record, weights_line
-from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
-from kto_ds.stages.objective import evaluate_split, measure_drift, require_no_drift, train_step
+from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
+from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
+from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
+from kto_ds.stages.run import Inputs, Run, evaluate, save, splits_logged_at
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
 
 
-class Inputs(NamedTuple):
-    """What the run trains and evaluates on; the same on every rank."""
-
-    splits: dict[str, TokenizedSplit]
-    reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
-    reference_way: tuple[str, str]  # the kernels that scored them: of attention, of all else
-    plan: BatchPlan
-    loss: LossConfig  # with numbers as weights
-    record: dict  # what a resume must find unchanged
-
-
-class Run(NamedTuple):
-    """What the loop and all around it use."""
-
-    config: RunConfig
-    world: World
-    inputs: Inputs
-    engine: Engine
-    planner: StepPlanner
-
-    @property
-    def checkpoints(self) -> Path:
-        return _checkpoints(self.config)
-
-
-def main(config: RunConfig, profile: bool = False) -> None:
+def main(config: RunConfig, profile: bool = False, accept_changes: bool = False, max_wall_time: str | None = None) -> None:
+    wall_time = WallTime(max_wall_time and wall_seconds(max_wall_time))
     model_config = read_model_config(config.model)
     require_trainable(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
-    world = start()
+    seconds = config.train.setup_timeout_seconds
+    world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "train"))
     on_main_rank(lambda: claim_folder(config.output_dir))
     status = RunStatus(config.output_dir / "status.json", is_main=world.is_main)
-    with status.until_the_end():
+    with status.until_the_end(), guarded(world, config.output_dir, "train", seconds=seconds, on_end=lambda end: status.end(end.state, end.exit_code, end.message)) as watch:
         status.running(0)
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
         inputs = _open_inputs(config)
-        checkpoint = _find_checkpoint(config, inputs, world, zero_stage(deepspeed_config))
+        checkpoint = find_checkpoint(config, inputs.record, inputs.plan, world, zero_stage(deepspeed_config), accept_changes=accept_changes)
         if checkpoint is None or checkpoint.step < inputs.plan.num_steps:
             on_main_rank(lambda: _write_config(config))
         if profile:
             on_main_rank(lambda: make_room(config.output_dir))
         engine, shape = _build_engine(config, model_config, serving, deepspeed_config, inputs)
-        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape))
-        done = _resume_or_start(run, checkpoint)
-        sinks = _open_sinks(run, serving, done)
+        limit_waits(seconds)  # of the groups that DeepSpeed has made
+        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape), watch, wall_time)
+        progress = _resume_or_start(run, checkpoint)
+        sinks = _open_sinks(run, serving, progress.step)
         try:
             with StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
-                laps = _loop(run, status, sinks, profiler, done)
+                laps, stopped_at = _loop(run, status, sinks, profiler, progress)
         finally:
             sinks.close()
+        if stopped_at is not None:
+            raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved")
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
         peaks = gather_objects(peak_memory_gib(engine.device))
     if world.is_main:
@@ -99,27 +83,40 @@ def main(config: RunConfig, profile: bool = False) -> None:
     barrier()
 
 
-def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, done: int) -> list[Lap]:
-    """Train from step `done` + 1 to the end and return what every log line took."""
-    config, world, inputs, engine, planner = run
+def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> tuple[list[Lap], int | None]:
+    """Train on from `progress` to the end and return what every log line took, and the step after which the run was stopped, if it was."""
+    config, world, inputs, engine, planner, watch, wall_time = run
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepOutcome] = []  # steps since the last log line
-    progress = Progress(step=done, examples=int(plan.step_offsets[done]))
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
     timer = StepTimer(device_clock(engine.device))
+    done = progress.step
     status.running(done)
+    if done and run.is_evaluated_at(done):
+        progress, is_through = evaluate(run, sinks, progress, besides=splits_logged_at(run, done))
+        if not is_through:
+            return laps, done
 
+    watch.enter("input", done + 1)
     for work in planner.ahead(done):
-        step, learning_rate = work.step, engine.learning_rate
+        step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
+        watch.enter("step", step)
         limit = loss_limit(progress.recent_losses, config.train.loss_spike_sigmas)
-        outcome = train_step(engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit)
-        progress = after_step(progress, outcome, len(work.examples))
+        outcome = train_step(
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit, wants_to_stop=run.wants_to_stop
+        )
+        progress = after_step(progress, outcome, step=step, num_examples=len(work.examples))
         if outcome.problem is not None:
             settle(outcome.problem, progress, config.train, examples=work.examples, split=train, record_in=config.output_dir if world.is_main else None)
         window.append(outcome)
+        is_stopping = outcome.is_stopping
         timer.add(work.cost)
+        wall_time.took(step=time.monotonic() - began)
         is_last = step == plan.num_steps
+        if step == done + 1:  # kernels are compiled, the order of parameters is known
+            watch.limit(config.train.step_timeout_seconds)
+            limit_waits(config.train.step_timeout_seconds)
 
         # once in a while: log
         if is_last or step % config.report.logging_steps == 0:
@@ -133,23 +130,29 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, don
         timer.begin("paused")
         profiler.after_step()
 
-        # once in a while: evaluate
-        if is_last or config.eval.eval_steps and step % config.eval.eval_steps == 0:
-            for name in evaluation_splits(inputs.splits):
-                metrics = evaluate_split(engine, inputs.splits[name], inputs.reference_logps[name], inputs.loss, sharding=planner.scoring)
-                sinks.log({"split": name, "step": step, "epoch": plan.epoch_after(step), **metrics})
+        # once in a while: evaluate; one that is left out or cut short is made up for by the run that goes on from here
+        if run.is_evaluated_at(step) and not is_stopping:
+            progress, is_through = evaluate(run, sinks, progress)
+            is_stopping = not is_through
 
         # once in a while: save
-        if is_last or step % config.checkpoint.save_steps == 0:
-            save_checkpoint(engine, run.checkpoints, step=step, record=inputs.record, save_total_limit=config.checkpoint.save_total_limit, world=world)
+        is_best = progress.best is not None and progress.best.step == step
+        if is_last or is_best or is_stopping or step % config.checkpoint.save_steps == 0:
+            save(run, progress)
+            is_stopping = is_stopping or any_across_ranks(run.wants_to_stop(), engine.device)  # asked meanwhile: this save is the one
+        if is_stopping:
+            return laps, step
 
+        watch.enter("input", step + 1)
         timer.begin("host")
-    return laps
+    watch.enter("closing", plan.num_steps)
+    return laps, None
 
 
 def _open_inputs(config: RunConfig) -> Inputs:
     """Open the artefacts and plan every step; whatever does not belong together is refused here, before weights are read."""
     splits, manifest = open_dataset(config)
+    require_known_metric(config, splits)
     reference_logps, reference_manifest = open_reference(config, splits, manifest)
     for split in splits.values():
         require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
@@ -159,15 +162,14 @@ def _open_inputs(config: RunConfig) -> Inputs:
         max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
     )  # fmt: skip
     loss = resolve_weights(config.loss, splits["train"])
-    record = {
-        **run_record(config, loss),
+    identity = {
         # Only what is trained on: evaluation rows that are added later are no reason to refuse a resume.
         "dataset": digest_of(*(entry["digest"] for name, entry in manifest["files"].items() if name.startswith("train/") and name != f"train/{FILES}")),
         "reference model": reference_manifest["identity"]["reference model"],
         "reference dtype": reference_manifest["identity"]["dtype"],
     }
     reference_way = reference_manifest["attention"], reference_manifest["kernels"]
-    return Inputs(splits, reference_logps, reference_way, plan, loss, record)
+    return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity))
 
 
 def _build_engine(
@@ -190,29 +192,16 @@ def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: Worl
     )  # fmt: skip
 
 
-def _find_checkpoint(config: RunConfig, inputs: Inputs, world: World, stage: int) -> Checkpoint | None:
-    """Return the newest verified checkpoint if the run is to resume from one; one that does not fit is refused here, before weights are read."""
-    if config.checkpoint.resume == "never":
-        return None
-    checkpoint = newest_verified(_checkpoints(config), world)
-    if checkpoint is not None:
-        remedy = "restore the config, choose another output_dir, or set checkpoint.resume: never"
-        require_match(inputs.record, checkpoint.manifest["record"], where=str(checkpoint.folder), remedy=remedy)
-        require_same_ranks(checkpoint, num_ranks=world.num_ranks, zero_stage=stage)
-    return checkpoint
-
-
-def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> int:
-    """Return the number of steps already done: those of the checkpoint, or 0."""
+def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:
+    """Return how far the run is: as far as the checkpoint, or at its start."""
     config, engine = run.config, run.engine
     engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device))
     if config.checkpoint.resume == "never":
         on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE)))])
-    if checkpoint is not None:
-        load_checkpoint(engine, checkpoint)
-        return checkpoint.step
-    _look_at_drift(run)
-    return 0
+    progress = restore(engine, checkpoint, config.seed, run.world)
+    if checkpoint is None:
+        _look_at_drift(run)
+    return progress
 
 
 def _look_at_drift(run: Run) -> None:
@@ -234,7 +223,7 @@ def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
     if not world.is_main:
         return Sinks([])
     plan, train = inputs.plan, inputs.splits["train"]
-    begin = "nothing left to do" if done == plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
+    begin = "nothing left to do" if done >= plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
     print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
           f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {run.engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
     print(f"micro-batches of {config.batch.max_tokens_per_microbatch:,} tokens, {config.batch.scoring_tokens:,} without gradients; {in_words(config.model)}", flush=True)
@@ -247,10 +236,6 @@ def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
         print(f"automatic weights: {weights_line(inputs.loss)}", flush=True)
     run_config = config.model_copy(update={"loss": inputs.loss}).model_dump(mode="json")
     return open_sinks(output_dir=config.output_dir, total_steps=plan.num_steps, done_steps=done, wandb=config.report.wandb, run_config=run_config)
-
-
-def _checkpoints(config: RunConfig) -> Path:
-    return config.output_dir / "checkpoints"
 
 
 def _write_config(config: RunConfig) -> None:

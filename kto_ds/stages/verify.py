@@ -13,7 +13,8 @@ from kto_ds.artifacts import MANIFEST, READERS, damaged_files, read_manifest, st
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError, excerpt
 from kto_ds.report.console import bar_interval
-from kto_ds.runtime.checkpoint import KIND, list_checkpoints
+from kto_ds.runtime.retention import KIND, list_checkpoints
+from kto_ds.runtime.unpickling import foreign_objects
 from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST
 
 
@@ -92,7 +93,10 @@ def _problems(artifact: Artifact, on_bytes: Callable[[int], object]) -> list[str
             for name, problem in zip(files, found):
                 problems += problem
                 on_bytes(files[name]["bytes"])
-    return problems + unlisted_files(artifact.folder, artifact.manifest)
+    problems += unlisted_files(artifact.folder, artifact.manifest)
+    if artifact.kind == KIND and not problems:
+        problems = [line for name in files if name.endswith(".pt") for line in foreign_objects(artifact.folder / name)]
+    return problems
 
 
 def mismatches(dataset: dict, reference: dict) -> list[str]:

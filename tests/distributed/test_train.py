@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kto_ds.artifacts import read_manifest
-from kto_ds.runtime.checkpoint import Checkpoint, list_checkpoints, read_weights
+from kto_ds.runtime.restore import Checkpoint, read_weights
+from kto_ds.runtime.retention import list_checkpoints
 from tests.distributed.runs import launch, launch_and_kill, launcher, read_metrics, run_commands, write_zero
 from tests.distributed.tiny_run import RARE_TOKEN, config_of, make_tiny_run, status_of, without_timings
 

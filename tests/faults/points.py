@@ -62,7 +62,7 @@ PRECOMPUTE = [
     Point("merge: after the rename", "pathlib.Path.rename", "after", r"\.incomplete'\) ", on_rank_0_only=True),
 ]
 EXPORT = [
-    Point("before weights are read", "kto_ds.runtime.checkpoint.read_weights"),
+    Point("before weights are read", "kto_ds.runtime.restore.read_weights"),
     Point("weights written, no tokenizer", "transformers.modeling_utils.PreTrainedModel.save_pretrained", "after"),
     Point("before the rename", "pathlib.Path.rename", "before", r"\.incomplete'\) "),
     Point("after the rename", "pathlib.Path.rename", "after", r"\.incomplete'\) "),

@@ -183,19 +183,18 @@ def test_a_run_ends_the_same(tiny, unbroken, tmp_path, kind: str, fault: Callabl
         counts.survived += 1
 
 
+@pytest.mark.slow
 def test_a_file_too_many_changes_nothing_and_is_named(tiny, unbroken, tmp_path, capsys):
     """A shard of a third rank that lies there would be read by whoever counts files."""
-    run = Path(shutil.copytree(unbroken.run, tmp_path / "run"))
-    newest = checkpoints_of(run)[-1]
     with tally("R7", "a file too many in the newest checkpoint") as counts:
-        for name in ("state/zero_pp_rank_2_mp_rank_00_optim_states.pt", "state/zero_pp_rank_2_mp_rank_00_model_states.pt", "notes.txt"):
+        for number, name in enumerate(("state/zero_pp_rank_2_mp_rank_00_optim_states.pt", "state/zero_pp_rank_2_mp_rank_00_model_states.pt", "notes.txt")):
+            run = Path(shutil.copytree(unbroken.run, tmp_path / f"run{number}"))
+            newest = checkpoints_of(run)[-1]
             counts.injected += 1
             shutil.copy(next(newest.glob(KINDS["optimizer"])), newest / name)
             capsys.readouterr()
             assert cli.run(["verify", *config_of(tiny, output_dir=run)]) == 2
             assert Path(name).name in capsys.readouterr().out
-            for command, num_ranks in (("train", 2), ("export", 1)):
-                ranks.require_success([command, *config_of(tiny, output_dir=run)], log=tmp_path / "log", num_ranks=num_ranks)
-            assert final_state(run)["tensors"].items() >= unbroken.state["tensors"].items()
-            (newest / name).unlink()
+            ranks.require_success(["train", *config_of(tiny, output_dir=run)], log=tmp_path / "log")
+            assert final_state(run) == unbroken.state
             counts.survived += 1

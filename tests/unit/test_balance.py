@@ -4,7 +4,7 @@ import pytest
 
 from kto_ds.config import LossConfig
 from kto_ds.data.balance import LARGEST_RATIO, recommended_weights, weight_ratio
-from kto_ds.stages.identity import weights_of_record
+from kto_ds.stages.identity import weights_of_config
 
 
 @pytest.mark.parametrize(
@@ -57,5 +57,5 @@ def test_weight_ratio(arguments, ratio):
 @pytest.mark.parametrize(("desirable_weight", "undesirable_weight", "expected"), [("auto", "auto", (4, 0.5)), ("auto", 2.0, (4, 2)), (3.0, "auto", (3, 0.5)), (3.0, 2.0, (3, 2))])
 def test_an_export_takes_automatic_weights_and_no_others_from_the_checkpoint(desirable_weight, undesirable_weight, expected):
     loss = LossConfig(beta=0.3, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    found = weights_of_record(loss, {"loss": {"desirable_weight": 4.0, "undesirable_weight": 0.5}})
+    found = weights_of_config(loss, {"loss": {"desirable_weight": 4.0, "undesirable_weight": 0.5}})
     assert (found.desirable_weight, found.undesirable_weight, found.beta) == (*expected, 0.3)

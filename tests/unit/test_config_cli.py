@@ -470,7 +470,7 @@ def test_inspect_has_options_besides_those_of_the_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "options", "part"),
-    [("inspect", ("--num_rows", "many"), "--num_rows: invalid int value: 'many'"), ("inspect", ("--split",), "--split: expected one argument"), ("train", ("--num_ranks", "2"), "--num_ranks")],
+    [("inspect", ("--num_rows", "many"), "--num_rows/--num-rows: invalid int value: 'many'"), ("inspect", ("--split",), "--split: expected one argument"), ("train", ("--num_ranks", "2"), "--num_ranks")],
 )
 def test_they_are_checked_and_belong_to_that_command(capsys, tmp_path, command, options, part):
     assert part in refused(capsys, tmp_path, "", *options, command=command)

@@ -20,7 +20,7 @@ from kto_ds.model.flops import forward_flops, model_shape, peak_flops
 from kto_ds.model.placement import GIB, Placement, working_bytes
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.runtime.collectives import World
-from kto_ds.stages.precompute_ref import Way, score_shard
+from kto_ds.stages.serving import Way, score_shard
 
 WARM_UP = 2  # micro-batches
 TARGETS = {"qwen3-4b": 55_000, "qwen3-32b": 7_500}  # tokens/s
@@ -61,7 +61,7 @@ def measure(run: Run, split: TokenizedSplit, seconds: float) -> Found:
     way = Way(policy, serving.layout, Placement("replica", "one device"), ReferenceConfig().per_token, World(0, 1, run.device))
     splits = {"train": split}
     shards = plan_shards(splits, wanted_pairs(splits, "kto"), layout=serving.layout, max_tokens=run.max_tokens)
-    score_shard([task for shard in shards for task in shard][:WARM_UP], 0, splits, way, lambda tokens: None)
+    score_shard([task for shard in shards for task in shard][:WARM_UP], 0, splits, way, lambda tokens: None, is_over=lambda: False)
     tasks: list[Task] = []
     synchronize()
     if on_cuda:
@@ -69,7 +69,7 @@ def measure(run: Run, split: TokenizedSplit, seconds: float) -> Found:
     began = time.perf_counter()
     # The plan has the costliest micro-batches first; in another order a part of the shards stands for all.
     for number in np.random.default_rng(SEED).permutation(len(shards)):
-        _, bad_rows = score_shard(shards[number], 0, splits, way, lambda tokens: None)
+        _, bad_rows = score_shard(shards[number], 0, splits, way, lambda tokens: None, is_over=lambda: False)
         if bad_rows:
             raise SystemExit(f"{run.name}: {len(bad_rows)} log-probs are not finite, or above 0")
         tasks += shards[number]

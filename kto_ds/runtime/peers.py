@@ -1,0 +1,116 @@
+"""The processes of a run as they see one another without a collective: their ids, and a small file of each that says how far it is.
+
+    ranks/rank<r>.json   {rank, host, pid, phase, step, beat}: `beat` is the unix time of its last progress; the file is new every BEAT_SECONDS while it lives
+    ranks/rank<r>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know
+"""
+
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from kto_ds.artifacts import read_json
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 10.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
+ENDED = ("done", "preempted", "failed")
+
+
+class Peer(NamedTuple):
+    rank: int
+    host: str
+    machine: str  # where its process id means something
+    pid: int
+    started: float  # unix time; tells it from a later process of the same id
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
+
+
+class Beat(NamedTuple):
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    step: int
+    beat: float
+
+
+class End(NamedTuple):
+    exit_code: int
+    state: str  # preempted or failed
+    message: str
+
+
+def this_process(rank: int) -> Peer:
+    host = socket.gethostname()
+    return Peer(rank, host, f"{host} {os.readlink('/proc/self/ns/pid')}", os.getpid(), psutil.Process().create_time())
+
+
+def is_gone(peer: Peer) -> bool:
+    """Whether a process of this machine has ended."""
+    try:
+        process = psutil.Process(peer.pid)
+        return abs(process.create_time() - peer.started) > 1 or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def clear(folder: Path) -> None:
+    """Forget the ranks of an earlier run; folders of other commands stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+def write_beat(folder: Path, beat: Beat) -> None:
+    _replace(folder / f"rank{beat.rank}.json", beat._asdict())
+
+
+def write_end(folder: Path, rank: int, end: End) -> None:
+    _replace(folder / f"rank{rank}.end", end._asdict())
+
+
+def _replace(path: Path, content: dict) -> None:
+    # Not synced: it tells living processes of living ones.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_beat(folder: Path, peer: Peer) -> Beat | None:
+    """Return what a rank wrote last, or None before it wrote anything."""
+    with suppress(ValueError, TypeError):
+        return Beat(**read_json(folder / f"rank{peer.rank}.json"))
+    return None
+
+
+def read_end(folder: Path, peer: Peer) -> End | None:
+    with suppress(ValueError, TypeError):
+        return End(**read_json(folder / f"rank{peer.rank}.end"))
+    return None
+
+
+def silent_seconds(folder: Path, peer: Peer, own_rank: int) -> float:
+    """Return by how much a rank's file is older than one's own, which was just written: two times of one file server's clock."""
+    with suppress(OSError):
+        return (folder / f"rank{own_rank}.json").stat().st_mtime - (folder / f"rank{peer.rank}.json").stat().st_mtime
+    return 0.0
+
+
+def launchers() -> tuple[int, ...]:
+    """Return the process ids of what started this rank and would end it, outermost last; none when it was started by hand.
+
+    The deepspeed command starts a launcher, which starts the ranks, and ends without a word to it.
+    """
+    if "CROSS_RANK" in os.environ:  # of DeepSpeed's launcher
+        parent = os.getppid()
+        with suppress(psutil.NoSuchProcess):
+            return parent, psutil.Process(parent).ppid()
+        return (parent,)
+    return (os.getppid(),) if "TORCHELASTIC_RUN_ID" in os.environ else ()

@@ -1,0 +1,119 @@
+"""Reading checkpoints: verified before they are used, on all ranks alike, and put back on any number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kto_ds.artifacts import damaged_files, read_manifest, unlisted_files
+from kto_ds.errors import UserError
+from kto_ds.runtime.checkpoint import RNG_FILE
+from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
+from kto_ds.runtime.engine import STATE, Engine
+from kto_ds.runtime.retention import KIND, NAME, folder_bytes, set_aside, step_folders
+from kto_ds.runtime.rng import derive_rng, restore_rng
+from kto_ds.runtime.unpickling import REMEDY, foreign_objects, weights_only
+from kto_ds.runtime.world_size import converted
+
+# What the manifest of a checkpoint has besides what every manifest has.
+FIELDS = {"step": int, "world_size": int, "zero": dict, "config": dict, "identity": dict, "progress": dict}
+
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    manifest: dict
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.manifest["zero"].get("stage", 0))
+
+
+def newest_verified(root: Path, world: World) -> Checkpoint | None:
+    """Return the newest checkpoint whose files all have their sizes and digests, or None in a folder that never had any.
+
+    A damaged one is renamed to `*.corrupt.N` and the one before it is tried. Ranks share the digesting. UserError when all are damaged.
+    """
+    candidates = on_main_rank(lambda: step_folders(root))
+    for _, folder in reversed(candidates):
+        checkpoint, problems = _verify(folder, world)
+        if not problems:
+            return checkpoint
+        if world.is_main:
+            print(f"checkpoint {folder.name} is damaged and set aside: {'; '.join(problems)}", flush=True)
+        on_main_rank(lambda folder=folder: set_aside(folder, mark=".corrupt"))
+    if candidates or on_main_rank(lambda: list(root.glob("*.corrupt.*"))):
+        raise UserError("no checkpoint is intact", where=str(root), remedy="set checkpoint.resume: never to start over, or restore a checkpoint")
+    return None
+
+
+def verified(folder: Path, world: World) -> Checkpoint:
+    """Return this very checkpoint; UserError when it is damaged."""
+    checkpoint, problems = _verify(folder, world)
+    if problems:
+        raise UserError(f"the checkpoint is damaged: {'; '.join(problems[:3])}", where=str(folder), remedy="name another one, such as latest")
+    return checkpoint
+
+
+def _verify(folder: Path, world: World) -> tuple[Checkpoint, list[str]]:
+    """Return a checkpoint and what is damaged about it, the same on all ranks. UserError when it holds what only somebody else can have put there."""
+    try:
+        manifest = on_main_rank(lambda: _read_manifest(folder))
+    except UserError as error:
+        return Checkpoint(folder, {}), [error.what]
+    share = {name: entry for index, (name, entry) in enumerate(manifest["files"].items()) if index % world.num_ranks == world.rank}
+    problems = _gathered(lambda: damaged_files(folder, {"files": share}) + (unlisted_files(folder, manifest) if world.is_main else []))
+    if not problems and (foreign := _gathered(lambda: [line for name in share if name.endswith(".pt") for line in foreign_objects(folder / name)])):
+        raise UserError(f"this checkpoint holds more than tensors and plain values: {'; '.join(foreign[:3])}", where=str(folder), remedy=REMEDY)
+    return Checkpoint(folder, manifest), problems
+
+
+def _gathered(look: Callable[[], list[str]]) -> list[str]:
+    return [line for part in gather_objects(look()) for line in part]
+
+
+def _read_manifest(folder: Path) -> dict:
+    """Return the manifest of a checkpoint, right in itself; UserError otherwise."""
+    remedy = "remove this folder"
+    manifest = read_manifest(folder, kind=KIND, remedy=remedy)
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
+        raise UserError(f"its manifest lacks {', '.join(wrong)}: another version of kto_ds wrote it", where=str(folder), remedy=remedy)
+    if manifest["step"] != int(NAME.fullmatch(folder.name)[1]):
+        raise UserError(f"it is the checkpoint of step {manifest['step']}, under another name", where=str(folder), remedy=remedy)
+    return manifest
+
+
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world: World) -> None:
+    """Put weights, optimizer, scheduler and random generators back as they were after the checkpoint's step. All ranks call this.
+
+    Where ranks or the ZeRO section of the DeepSpeed config are not those that saved, the state is converted first. The hyper-parameters are those
+    of the engine, not those that were saved.
+    """
+    same_ranks = checkpoint.manifest["world_size"] == world.num_ranks
+    if engine.stage == 0 or same_ranks and checkpoint.manifest["zero"] == engine.zero_section:
+        engine.load(checkpoint.folder, is_universal=False)
+    else:
+        with converted(checkpoint.folder, state_bytes=folder_bytes(checkpoint.folder), ranks=(checkpoint.manifest["world_size"], world.num_ranks)) as folder:
+            engine.load(folder, is_universal=True)
+    if same_ranks:
+        own = f"rank{world.rank}/"
+        states = load_file(checkpoint.folder / RNG_FILE)
+        restore_rng({name.removeprefix(own): state for name, state in states.items() if name.startswith(own)}, world.device)
+    else:
+        derive_rng(seed, checkpoint.step, world.rank, world.device)
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the policy's parameters by name, put together from all ranks' files; float32 from stage 3, else in the dtype of the run."""
+    with weights_only():
+        if checkpoint.zero_stage == 3:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE)
+        return torch.load(checkpoint.folder / STATE / "mp_rank_00_model_states.pt")["module"]

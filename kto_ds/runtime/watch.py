@@ -1,0 +1,277 @@
+"""A thread on every rank that ends the run with one message when it cannot go on: a rank that died, failed alone, or makes no progress.
+
+The main thread says where it is (`enter`) and that it moves (`beat`). It may sit in a collective for ever when a peer is gone, so nothing here waits for it.
+One rank speaks, the lowest that can; the others follow a few seconds later without a word.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from kto_ds.errors import EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted
+from kto_ds.redaction import redact
+from kto_ds.runtime import peers
+from kto_ds.runtime.peers import BEAT_SECONDS, ENDED, SILENT_SECONDS, Beat, End, Peer
+
+LOOK_SECONDS = 1.0
+SETTLE_SECONDS = 2.0  # a peer that failed may only be the first of all ranks to meet the same error, and rank 0 about to report it
+DUMP_SECONDS = 2.5  # for the stacks of all ranks to be written
+FOLLOW_SECONDS = 6.0  # in which the speaking rank has spoken
+LOST_SECONDS = 15.0  # in which a peer that a collective lost is found gone or silent
+BACKSTOP_SECONDS = 60.0  # beyond the timeout, when not even this thread can run
+REPEAT_SECONDS = 1.0
+CONNECTION_WORDS = ("connection", "broken pipe", "timed out", "gloo", "nccl")  # of a collective that lost a peer
+AGAIN = "start the same command again: it goes on from what is saved"
+
+
+class Place(NamedTuple):
+    """Where the main thread is."""
+
+    phase: str
+    step: int
+    at_once: bool  # whether a request to stop may end the process here
+    since: float  # last progress, monotonic
+    beat: float  # the same, unix time
+
+
+class Watch:
+    def __init__(self, ranks: Path, stacks: Path, run: list[Peer], rank: int, *, token: str, seconds: float, on_end: Callable[[End], None]):
+        """`ranks` and `stacks` are the folders of the files; `token` is of this start alone; `on_end` is called on the rank that speaks."""
+        self._ranks, self._stacks = ranks, stacks / f"rank{rank}.txt"
+        self._mark = ranks / f"stuck-{token}"
+        self._run, self._own, self._on_end = run, run[rank], on_end
+        self._others = [peer for peer in run if peer.rank != rank]
+        self._local = [peer for peer in self._others if peer.machine == self._own.machine]
+        self._seconds = seconds
+        self._place = Place("set-up", 0, True, time.monotonic(), time.time())
+        self._lock, self._wake, self._over, self._lost = threading.Lock(), threading.Event(), False, False
+        self._heard: dict[signal.Signals, float] = {}
+        self._launchers = peers.launchers()
+        self._seen: dict[str, float] = {}
+        self._shown_at, self._told = 0.0, False
+        self.stop_reason: str | None = None  # set once somebody wants the run to stop
+
+    # for the main thread
+
+    def enter(self, phase: str, step: int = 0, *, at_once: bool = False) -> None:
+        """Say what begins now; `at_once` where nothing is lost when a request to stop ends the process right there."""
+        self._place = Place(phase, step, at_once, time.monotonic(), time.time())
+        self._wake.set()
+
+    def beat(self) -> None:
+        """Say that the work goes on."""
+        self._place = self._place._replace(since=time.monotonic(), beat=time.time())
+
+    def limit(self, seconds: float) -> None:
+        """Set how long there may be no progress."""
+        self._seconds = seconds
+
+    # for whoever wants the run to stop
+
+    def ask_to_stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or reason
+        self._wake.set()
+
+    def hear(self, signum: signal.Signals) -> None:
+        """Stop after this step; at once when the same signal comes again.
+
+        Launchers and terminals repeat a signal within moments, or send another kind after it: neither is somebody who has lost patience.
+        """
+        now = time.monotonic()
+        if now - self._heard.setdefault(signum, now) >= REPEAT_SECONDS:
+            message = f"{signum.name} came again: ended at once, nothing was saved; {AGAIN}"
+            self._end(End(128 + signum, "failed", message), speaks=self._own.rank == 0)
+        self.ask_to_stop(signum.name)
+
+    # the thread
+
+    @contextmanager
+    def watching(self) -> Iterator["Watch"]:
+        with open(self._stacks, "a", encoding="utf-8") as stacks:
+            faulthandler.register(signal.SIGUSR2, stacks)
+            thread = threading.Thread(target=self._look_again_and_again, args=(stacks,), name="watch", daemon=True)
+            thread.start()
+            _current.append(self)
+            try:
+                yield self
+            except BaseException as error:
+                self._leave_after(error, stacks)
+                raise
+            else:
+                self._leave("done")
+            finally:
+                _current.remove(self)
+                thread.join()
+                faulthandler.cancel_dump_traceback_later()
+                faulthandler.unregister(signal.SIGUSR2)
+
+    def _look_again_and_again(self, stacks: IO[str]) -> None:
+        while not self._over:
+            with suppress(OSError):  # of a disk that does not answer for now
+                self._look(stacks)
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+
+    def _look(self, stacks: IO[str]) -> None:
+        place = self._place
+        if time.monotonic() - self._shown_at >= BEAT_SECONDS:
+            self._show(place.phase)
+            faulthandler.dump_traceback_later(self._seconds + BACKSTOP_SECONDS, exit=True, file=stacks)
+        self._look_for_ends()
+        self._look_for_dead(stacks)
+        if self._mark.exists() or time.monotonic() - place.since > self._seconds:
+            self._end_stuck(stacks)
+        if self._launchers and peers.launchers() != self._launchers:
+            self.ask_to_stop("the launcher is gone")
+        if self.stop_reason and place.at_once:
+            message = f"{self.stop_reason} in {place.phase}: there is nothing to save; {AGAIN}"
+            self._end(End(EXIT_PREEMPTED, "preempted", message), speaks=self._own.rank == 0)
+        elif self.stop_reason and not self._told and self._own.rank == 0:
+            self._told = True
+            print(f"\n{self.stop_reason}: saving after this step", flush=True)
+
+    def _show(self, phase: str) -> None:
+        self._shown_at = time.monotonic()
+        with suppress(OSError):  # a full disk is for the main thread to meet
+            peers.write_beat(self._ranks, Beat(self._own.rank, self._own.host, self._own.pid, phase, self._place.step, self._place.beat))
+
+    # what it can find
+
+    def _look_for_ends(self) -> None:
+        """End as a peer did that failed alone."""
+        for peer in self._others:
+            end = peers.read_end(self._ranks, peer)
+            if end is not None and self._for_seconds(f"end {peer.rank}") >= (SETTLE_SECONDS if self._speaker() == self._own.rank else FOLLOW_SECONDS):
+                self._end(end._replace(message=f"[rank {peer.rank}] {end.message}"), speaks=peer.rank != 0 and self._speaker() == self._own.rank)
+
+    def _look_for_dead(self, stacks: IO[str]) -> None:
+        """End when a peer has no process any more and did not say why; one of another machine is given up when it is silent and a collective has lost it."""
+        dead = [peer for peer in self._local if peers.is_gone(peer) and self._phase_of(peer) not in ENDED]
+        if self._lost:
+            dead += [peer for peer in self._others if peer.machine != self._own.machine and self._is_silent(peer) and self._phase_of(peer) not in ENDED]
+        speaks = self._speaker() == self._own.rank
+        if dead and (speaks or self._for_seconds("dead") >= FOLLOW_SECONDS):
+            _heading(stacks, "a peer is gone")
+            faulthandler.dump_traceback(stacks)
+            remedy = f"if the system killed it for lack of memory, its log says so (dmesg); {AGAIN}"
+            self._end(End(EXIT_UNEXPECTED, "failed", f"a rank died: {'; '.join(map(self._last_seen, dead))}\n  remedy: {remedy}"), speaks=speaks)
+
+    def _end_stuck(self, stacks: IO[str]) -> None:
+        """Write the stacks of all threads, have all ranks do so, and end."""
+        with suppress(OSError):
+            self._mark.touch()
+        _heading(stacks, f"no progress for {time.monotonic() - self._place.since:.0f} s, in {self._place.phase} of step {self._place.step}")
+        faulthandler.dump_traceback(stacks)
+        stacks.flush()
+        time.sleep(DUMP_SECONDS)
+        self._show(self._place.phase)
+        speaks = self._speaker() == self._own.rank
+        if not speaks:
+            time.sleep(FOLLOW_SECONDS)
+        lines = "\n  ".join(self._last_seen(peer) for peer in sorted(self._run, key=self._progress_of))
+        message = (
+            f"no progress for {self._seconds:.0f} s (train.step_timeout_seconds, train.setup_timeout_seconds before the first step); the ranks, the one furthest behind first:\n"
+            f"  {lines}\n  remedy: the stacks of the ranks that could write them are in {self._stacks.parent}; {AGAIN}"
+        )
+        silent = [peer for peer in self._local if self._is_silent(peer)]
+        self._end(End(EXIT_UNEXPECTED, "failed", message), speaks=speaks, kills=silent if speaks else ())
+
+    def _speaker(self) -> int:
+        """Return the lowest rank that can still speak."""
+        able = (peer.rank for peer in self._others if peers.read_end(self._ranks, peer) is None and not self._is_silent(peer) and not (peer in self._local and peers.is_gone(peer)))
+        return min([self._own.rank, *able])
+
+    def _is_silent(self, peer: Peer) -> bool:
+        return peers.silent_seconds(self._ranks, peer, self._own.rank) > SILENT_SECONDS
+
+    def _for_seconds(self, what: str) -> float:
+        """Return for how long this has been seen."""
+        return time.monotonic() - self._seen.setdefault(what, time.monotonic())
+
+    def _beat_of(self, peer: Peer) -> Beat | None:
+        beat = peers.read_beat(self._ranks, peer)
+        return beat if beat is not None and beat.pid == peer.pid else None
+
+    def _phase_of(self, peer: Peer) -> str:
+        beat = self._beat_of(peer)
+        return beat.phase if beat else "start"
+
+    def _progress_of(self, peer: Peer) -> tuple:
+        beat = self._beat_of(peer)
+        return (not self._is_silent(peer), beat.step, beat.beat) if beat else (False, 0, 0.0)
+
+    def _last_seen(self, peer: Peer) -> str:
+        beat = self._beat_of(peer)
+        where = f"last in {beat.phase} of step {beat.step}, {max(0.0, time.time() - beat.beat):.0f} s ago" if beat else "never got under way"
+        return f"{peer}, {where}{', gives no sign of life' if self._is_silent(peer) else ''}"
+
+    # the end
+
+    def _end(self, end: End, *, speaks: bool, kills: Sequence[Peer] = ()) -> None:
+        """End this process here and now, whatever its main thread is doing; nothing happens when that has left in the meantime."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            if speaks:
+                print(f"\nkto-ds: {'' if end.state == 'preempted' else 'error: '}{end.message}", file=sys.stderr, flush=True)
+                with suppress(OSError):
+                    self._on_end(end)
+            with suppress(OSError):
+                peers.write_end(self._ranks, self._own.rank, end)
+            self._show(end.state)
+            for peer in kills:  # which can end in no other way, and would keep their device
+                with suppress(ProcessLookupError):
+                    os.kill(peer.pid, signal.SIGKILL)
+            os._exit(end.exit_code)
+
+    def _leave(self, phase: str) -> None:
+        with self._lock:
+            self._over = True
+            self._wake.set()
+            self._show(phase)
+
+    def _leave_after(self, error: BaseException, stacks: IO[str]) -> None:
+        """Say what ended this rank, to whoever cannot know. When a collective lost a peer, first let the thread find out which."""
+        is_ours = isinstance(error, KtoError)
+        if not is_ours:
+            _heading(stacks, "error")
+            stacks.write(redact("".join(traceback.format_exception(error))))
+            stacks.flush()
+        if self._others and isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS):
+            self._lost = True
+            time.sleep(LOST_SECONDS)
+        if isinstance(error, Preempted):
+            self._leave("preempted")
+            return
+        message = redact(str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}")
+        with self._lock, suppress(OSError):
+            self._over = True
+            peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
+        self._leave("failed")
+        deadline = time.monotonic() + FOLLOW_SECONDS
+        while is_ours and self._own.rank and not error.is_told and time.monotonic() < deadline:
+            error.is_told = self._phase_of(self._run[0]) == "failed"
+            time.sleep(0.2)
+
+
+_current: list[Watch] = []  # of this process; one at most
+
+
+def beat() -> None:
+    """Say that the work goes on, from wherever it does."""
+    for watch in _current:
+        watch.beat()
+
+
+def _heading(stacks: IO[str], what: str) -> None:
+    stacks.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {what}\n")
+    stacks.flush()

@@ -1,0 +1,96 @@
+"""A training run: what the loop and all around it use, when it stops, and its evaluation."""
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kto_ds.config import LossConfig, RunConfig
+from kto_ds.data.batch_plan import BatchPlan
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.report.metrics_file import METRICS_FILE, read_records
+from kto_ds.report.sinks import Sinks
+from kto_ds.runtime.checkpoint import save_checkpoint
+from kto_ds.runtime.collectives import World, on_main_rank
+from kto_ds.runtime.engine import Engine
+from kto_ds.runtime.signals import WallTime
+from kto_ds.runtime.watch import Watch
+from kto_ds.stages.inputs import evaluation_splits
+from kto_ds.stages.objective import Cut, evaluate_split
+from kto_ds.stages.progress import Progress, with_evaluation
+from kto_ds.stages.step_work import StepPlanner
+
+
+class Inputs(NamedTuple):
+    """What the run trains and evaluates on; the same on every rank."""
+
+    splits: dict[str, TokenizedSplit]
+    reference_logps: dict[str, np.ndarray]  # [2E] of each split, by pair id
+    reference_way: tuple[str, str]  # the kernels that scored them: of attention, of all else
+    plan: BatchPlan
+    loss: LossConfig  # with numbers as weights
+    record: dict  # what a resume compares
+
+
+class Run(NamedTuple):
+    """What the loop and all around it use."""
+
+    config: RunConfig
+    world: World
+    inputs: Inputs
+    engine: Engine
+    planner: StepPlanner
+    watch: Watch
+    wall_time: WallTime
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.output_dir / "checkpoints"
+
+    def wants_to_stop(self) -> bool:
+        """Whether this rank was asked to stop. Rank 0's clock is the one that counts."""
+        if self.world.is_main and self.wall_time.is_over():
+            self.watch.ask_to_stop("--max-wall-time is almost over")
+        return self.watch.stop_reason is not None
+
+    def is_evaluated_at(self, step: int) -> bool:
+        every = self.config.eval.eval_steps
+        return step == self.inputs.plan.num_steps or every is not None and step % every == 0
+
+
+def evaluate(run: Run, sinks: Sinks, progress: Progress, besides: Collection[str] = ()) -> tuple[Progress, bool]:
+    """Log the metrics of every evaluation split but those of `besides`. All ranks call this.
+
+    Return the progress, with a new best if there is one, and whether the evaluation is through: not when the run is to stop before that.
+    """
+    step = progress.step
+    run.watch.enter("evaluation", step)
+    for name in evaluation_splits(run.inputs.splits):
+        if name not in besides:
+            split, references = run.inputs.splits[name], run.inputs.reference_logps[name]
+            try:
+                metrics = evaluate_split(run.engine, split, references, run.inputs.loss, sharding=run.planner.scoring, wants_to_stop=run.wants_to_stop)
+            except Cut:
+                return progress, False
+            sinks.log({"split": name, "step": step, "epoch": run.inputs.plan.epoch_after(step), **metrics})
+            progress = with_evaluation(progress, run.config.checkpoint, name, metrics)
+    return progress, True
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Save the run as it is after progress.step. All ranks call this."""
+    run.watch.enter("saving", progress.step)
+    began = time.monotonic()
+    record = {**run.inputs.record, "plan": run.inputs.plan.digest_until(progress.step), "progress": progress.to_json()}
+    save_checkpoint(
+        run.engine, run.checkpoints, step=progress.step, record=record, save_total_limit=run.config.checkpoint.save_total_limit,
+        best_step=progress.best and progress.best.step, world=run.world,
+    )  # fmt: skip
+    run.wall_time.took(save=time.monotonic() - began)
+
+
+def splits_logged_at(run: Run, step: int) -> set[str]:
+    """Return the splits that have a line of metrics of this step."""
+    return on_main_rank(lambda: {record["split"] for record in read_records(run.config.output_dir / METRICS_FILE) if record["step"] == step})
