@@ -16,6 +16,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.tokenization import load_tokenizer
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import model_digest, quantization
+from kto_ds.redaction import redact_values
 from kto_ds.rows.sources import list_files
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
@@ -152,7 +153,7 @@ def weights_of_config(loss: LossConfig, saved: dict) -> LossConfig:
 def run_record(config: RunConfig, loss: LossConfig, identity: dict) -> dict:
     """What a checkpoint remembers of its run; what a resume makes of it is in resume.py. `loss` has numbers as weights, `identity` is of its inputs."""
     resolved = config.model_copy(update={"loss": loss}).model_dump(mode="json")
-    return {"config": resolved, "identity": identity, "versions": library_versions()}
+    return {"config": redact_values(resolved), "identity": identity, "versions": library_versions()}
 
 
 def require_same_tokenizer(model: ModelConfig, dataset_manifest: dict, *, where: str) -> None:

@@ -57,9 +57,9 @@ def loss_problem(loss: float, limit: float) -> Problem | None:
     return None
 
 
-def after_step(progress: Progress, outcome: StepOutcome, num_examples: int) -> Progress:
+def after_step(progress: Progress, outcome: StepOutcome, *, step: int, num_examples: int) -> Progress:
     """Return the progress behind a step of so many examples."""
-    progress = progress._replace(step=progress.step + 1, examples=progress.examples + num_examples)
+    progress = progress._replace(step=step, examples=progress.examples + num_examples)
     if outcome.problem is not None:
         return progress._replace(skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1)
     return progress._replace(skipped_in_a_row=0, recent_losses=(*progress.recent_losses, outcome.loss)[-SPIKE_WINDOW:])

@@ -44,7 +44,7 @@ def train_step(
     loss: LossConfig,
     num_ranks: int,
     timer: StepTimer,
-    limit: float = math.inf,
+    limit: float,
     wants_to_stop: Callable[[], bool],  # of this rank
 ) -> StepOutcome:
     """Take one optimizer step. Where a value is not finite, or the loss above `limit`, the step's gradient is dropped: no weight or moment changes.
@@ -78,11 +78,11 @@ def train_step(
         engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
         own_loss += terms.losses.detach().sum()
-    together = sum_across_ranks(torch.cat([logps, own_loss, logps.new_tensor([wants_to_stop()])]))  # [E + 2]: one collective for all three
-    logps = together[:-2]
+    summed = sum_across_ranks(torch.cat([logps, own_loss, own_loss.new_tensor([wants_to_stop()])]))  # [E + 2]: one collective for all
+    logps = summed[:-2]
 
     # The first time that the host waits for the device in this step.
-    loss_sum, num_stopping = together[-2:].tolist()
+    loss_sum, num_stopping = summed[-2:].tolist()
     step_loss = loss_sum / len(examples)
     problem = None if mismatched_logps is None else nonfinite(mismatched_logps, work.kl_examples, split, "mismatched pairs: ")
     problem = problem or nonfinite(logps, examples, split) or loss_problem(step_loss, limit)
@@ -91,7 +91,8 @@ def train_step(
     timer.begin("host")
     if problem is None and not math.isfinite(grad_norm):
         problem = Problem("gradient", f"the gradient is not finite, though every log-prob is; rows: {_first_rows(examples, split)} and others of the step")
-    return StepOutcome(step_loss, grad_norm, _result(logps, references, desirable, point, loss) if problem is None else None, problem, bool(num_stopping))
+    result = None if problem else _result(logps, references, desirable, point, loss)
+    return StepOutcome(step_loss, grad_norm, result, problem, is_stopping=bool(num_stopping))
 
 
 class Cut(Exception):

@@ -19,7 +19,6 @@ class Progress(NamedTuple):
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()  # window of the spike guard, oldest first
     best: Best | None = None  # of checkpoint.metric_for_best_model
-    wandb_run_id: str | None = None
 
     def to_json(self) -> dict:
         best = self.best and self.best._asdict()

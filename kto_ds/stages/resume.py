@@ -9,6 +9,7 @@ from kto_ds.config import RunConfig
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.errors import UserError, excerpt
+from kto_ds.redaction import redact_values
 from kto_ds.runtime.collectives import World, on_main_rank
 from kto_ds.runtime.engine import Engine
 from kto_ds.runtime.restore import Checkpoint, load_checkpoint, newest_verified
@@ -34,7 +35,7 @@ FREE = frozenset("""
     model.trust_remote_code data.train data.eval data.held_out_fraction data.max_length data.max_prompt_length data.max_completion_length data.truncation_mode
     data.append_eos data.special_tokens_in_text data.chat_template_kwargs data.max_bad_fraction data.on_bad_row data.allow_one_label data.dataset_num_proc
     data.artifact reference.path reference.revision reference.dtype reference.placement reference.per_token reference.artifact reference.max_tokens_per_microbatch
-    train.setup_timeout_seconds train.step_timeout_seconds
+    train.setup_timeout_seconds train.step_timeout_seconds train.on_nonfinite train.max_skipped_steps train.loss_spike_sigmas
     batch.max_tokens_per_microbatch batch.max_tokens_per_scoring_microbatch deepspeed.config eval.eval_steps eval.path eval.generate
     checkpoint.save_steps checkpoint.save_total_limit checkpoint.resume checkpoint.metric_for_best_model checkpoint.greater_is_better
     report.logging_steps report.wandb.mode report.wandb.project report.wandb.name
@@ -66,8 +67,8 @@ def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str
 
 def changes(saved: dict, now: dict) -> list[Change]:
     """Return the differences between the config of a checkpoint and that of a run, both dumped as JSON values."""
-    # A key that is newer than the checkpoint had its default then.
-    was, is_now = leaves(RunConfig, RunConfig.model_validate(saved).model_dump(mode="json")), leaves(RunConfig, now)
+    # A key that is newer than the checkpoint had its default then; what is secret has been taken out of what was saved.
+    was, is_now = leaves(RunConfig, RunConfig.model_validate(saved).model_dump(mode="json")), leaves(RunConfig, redact_values(now))
     return [Change(key, was[key], is_now[key]) for key in is_now if was[key] != is_now[key]]
 
 

@@ -102,15 +102,15 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     for work in planner.ahead(done):
         step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
         watch.enter("step", step)
+        limit = loss_limit(progress.recent_losses, config.train.loss_spike_sigmas)
         outcome = train_step(
-            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer,
-            limit=loss_limit(progress.recent_losses, config.train.loss_spike_sigmas), wants_to_stop=run.wants_to_stop,
-        )  # fmt: skip
-        is_stopping = outcome.is_stopping
-        progress = after_step(progress, outcome, len(work.examples))
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit, wants_to_stop=run.wants_to_stop
+        )
+        progress = after_step(progress, outcome, step=step, num_examples=len(work.examples))
         if outcome.problem is not None:
             settle(outcome.problem, progress, config.train, examples=work.examples, split=train, record_in=config.output_dir if world.is_main else None)
         window.append(outcome)
+        is_stopping = outcome.is_stopping
         timer.add(work.cost)
         wall_time.took(step=time.monotonic() - began)
         if step == done + 1:  # kernels are compiled, the order of parameters is known

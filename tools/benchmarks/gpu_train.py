@@ -1,6 +1,7 @@
 """Whole training steps on one device, by kto_ds and, where asked for, by TRL on the same rows step by step."""
 
 import argparse
+import math
 import os
 import tempfile
 import time
@@ -124,7 +125,7 @@ def step_ours(setting: Setting) -> Stepped:
     references = own_logps(engine, planner)
     timer = StepTimer(device_clock(device))
     for work in planner.ahead(0):
-        train_step(engine, work, split, references, loss=LossConfig(), num_ranks=world.num_ranks, timer=timer)
+        train_step(engine, work, split, references, loss=LossConfig(), num_ranks=world.num_ranks, timer=timer, limit=math.inf, wants_to_stop=lambda: False)
         timer.add(work.cost)
         if work.step == WARM_UP:
             timer.lap()
