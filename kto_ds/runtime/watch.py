@@ -135,7 +135,7 @@ class Watch:
             self._end(End(EXIT_PREEMPTED, "preempted", message), speaks=self._own.rank == 0)
         elif self.stop_reason and not self._told and self._own.rank == 0:
             self._told = True
-            print(f"\n{self.stop_reason}: saving after this step", flush=True)
+            print(f"\n{self.stop_reason}: stopping as soon as what is done is saved", flush=True)
 
     def _show(self, phase: str) -> None:
         self._shown_at, self._shown = time.monotonic(), (phase, self._place.step)
@@ -254,7 +254,8 @@ class Watch:
         message = redact(str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}")
         with self._lock, suppress(OSError):
             self._over = True
-            peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
+            if self._others:
+                peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
         self._leave("failed")
         deadline = time.monotonic() + FOLLOW_SECONDS
         while is_ours and self._own.rank and not error.is_told and time.monotonic() < deadline:
