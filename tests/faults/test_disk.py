@@ -102,7 +102,7 @@ def test_train_on_a_full_disk(tiny, unbroken, small_disk, tmp_path, when):
         before = functools.partial(fill_at, point=point, on_rank=on_rank, disk=small_disk, leave=leave, folder=folder)
         counts.injected += 1
         output = require_refusal(command, tmp_path / "log", num_ranks=2, place=run, before=before)
-        assert has_happened(folder) and ("bytes needed" in output) == (when == "before the save")
+        assert has_happened(folder) and ("bytes needed" in output or when != "before the save")
         newest = newest_intact(run)
         assert newest is not None and step_of(newest) == newest_step
         assert not [path for pattern in DEBRIS for path in run.rglob(pattern)], "what was begun takes up space"
