@@ -1,13 +1,8 @@
-"""precompute-ref on one and two ranks: the values, the bytes, and what kills leave. A launch costs ten seconds, so one serves many checks."""
+"""precompute-ref on one and two ranks: the values and the bytes. A launch costs ten seconds, so one serves many checks."""
 
 import itertools
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,17 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from kto_ds import cli
-from kto_ds.artifacts import incomplete_path
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.reference import read_shards
-from tests.distributed.runs import ROOT, environment, free_port, launch, launcher, number_tokenizer, run_commands, write_config, write_rows, write_zero
+from tests.distributed.runs import ROOT, launch, launcher, number_tokenizer, run_commands, write_config, write_rows, write_zero
 
 pytestmark = pytest.mark.distributed
 
 SHARED = ROOT.parent / "shared"
 WAYS = list(itertools.product(("replica", "sharded"), ("prefix_shared", "packed", "padded")))
-KILL_SEED = 20261121
 
 
 def artefact_of(folder: Path, placement: str, layout: str, num_ranks: int) -> Path:
@@ -107,7 +100,7 @@ def test_the_artefact_is_the_same_to_the_byte_for_one_rank_and_two(scored):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A prepared run whose scoring takes some ten seconds on one rank, in many shards; and the artefact that an uninterrupted run makes."""
+    """A prepared run whose scoring takes some ten seconds on one rank, in many shards."""
     folder = tmp_path_factory.mktemp("work")
     torch.manual_seed(0)
     shape = dict(vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
@@ -125,81 +118,7 @@ def work(tmp_path_factory) -> Path:
         deepspeed={"config": write_zero(folder, 3)},
     )
     assert cli.run(["prepare", "--config", str(folder / "run.yaml")]) == 0
-    start_ranks(folder, 1, "replica", folder / "whole").wait()
     return folder
-
-
-def start_ranks(folder: Path, num_ranks: int, placement: str, artefact: Path) -> subprocess.Popen:
-    """Start the ranks in a process group of their own, which one signal reaches as a whole."""
-    port = free_port()
-    command = [sys.executable, "-m", "kto_ds", "precompute-ref", "--config", str(folder / "run.yaml"), "--reference.placement", placement, "--reference.artifact", str(artefact)]
-    ranks = [f"RANK={rank} LOCAL_RANK={rank} {' '.join(command)} & pid{rank}=$!" for rank in range(num_ranks)]
-    # By number: `wait -n` does not know of a rank that ended in the same moment as the one before it.
-    script = "\n".join([*ranks, *(f"wait $pid{rank} || exit 1" for rank in range(num_ranks))])
-    variables = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(["bash", "-c", script], env={**environment(), **variables}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-def wait_for_a_shard(ranks: subprocess.Popen, staging: Path, before: dict[str, int]) -> None:
-    """Return when a shard more is committed, or the ranks have ended."""
-    while ranks.poll() is None and len(shards_of(staging)) <= len(before):
-        time.sleep(0.02)
-
-
-def shards_of(staging: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in staging.glob("scored-*")} if staging.is_dir() else {}
-
-
-@pytest.mark.parametrize(("placement", "num_kills"), [("replica", 1), *(pytest.param(way, 20, marks=pytest.mark.slow) for way in ("replica", "sharded"))])
-def test_kills_at_random_moments_lose_nothing_that_was_committed(work, num_kills, placement, capsys):
-    """kill -9 of all ranks, one or two by turns; the artefact that comes out is the one that an uninterrupted run makes."""
-    generator = random.Random(f"{KILL_SEED} {placement} {num_kills}")
-    artefact = work / f"killed-{placement}-{num_kills}"
-    killed, in_scoring, finished = 0, 0, 0
-    while True:
-        num_ranks = 1 + (killed + finished) % 2
-        before = shards_of(incomplete_path(artefact))
-        ranks = start_ranks(work, num_ranks, placement, artefact)
-        # Most kills fall into the scoring, which begins seconds after the start; the others anywhere, the start included.
-        if killed < num_kills and generator.random() < 0.7 or killed == 0:
-            wait_for_a_shard(ranks, incomplete_path(artefact), before)
-            delay = generator.uniform(0, 3)
-        else:
-            delay = generator.uniform(0.1, 12)
-        try:
-            exit_code = ranks.wait(None if killed == num_kills else delay)
-            assert exit_code == 0 and require_same(artefact, work / "whole", placement)
-            finished += 1
-            if killed == num_kills:
-                break
-            shutil.rmtree(artefact)  # it was quicker than the kill: begin anew
-            continue
-        except subprocess.TimeoutExpired:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
-            killed += 1
-        time.sleep(0.1)
-        after = shards_of(artefact if artefact.exists() else incomplete_path(artefact))
-        in_scoring += len(after) > len(before)
-        assert before.items() <= after.items(), "a committed shard was lost or written again"
-        if artefact.exists():  # killed after its last rename: it must be whole
-            assert require_same(artefact, work / "whole", placement)
-            shutil.rmtree(artefact)
-        with capsys.disabled():
-            print(f"\n{placement}: kill {killed} of {num_kills} on {num_ranks} ranks, {len(after)} shards are there, {len(after) - len(before)} of them new", end="")
-    with capsys.disabled():
-        print(f"\n{placement}: {killed} kills (seed {KILL_SEED}), {in_scoring} of them while ranks were scoring; {finished} runs came to their end, all with the same bytes")
-    assert in_scoring > num_kills // 3
-
-
-def require_same(artefact: Path, whole: Path, placement: str) -> bool:
-    """The shards are those of one rank that was not interrupted; of a partitioned model, which may round otherwise, the values are."""
-    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (artefact, whole))
-    if placement == "replica":
-        assert one == two
-    rows, others = (read_shards(folder.glob("*.safetensors")) for folder in (artefact, whole))
-    np.testing.assert_allclose(rows.logps[find(rows.keys, others.keys)], others.logps, rtol=1e-6)
-    return True
 
 
 def test_a_nan_on_one_rank_ends_all_of_them_without_an_artefact(work):

@@ -28,6 +28,7 @@ from kto_ds.artifacts import MANIFEST, MAX_JSON_BYTES, canonical_json, describe_
 from kto_ds.data.keys import find
 from kto_ds.data.reference import ReferenceRows, read_shards
 from tests.distributed.runs import ROOT, environment, number_tokenizer, write_config, write_rows
+from tests.faults.ledger import tally
 from tests.unit.test_precompute import rows
 from tests.unit.test_refusals import VOCAB_SIZE, make_model
 
@@ -100,20 +101,23 @@ def state_of_files(run: Run) -> dict[str, tuple]:
 
 def refuse(run: Run, capsys, *overrides: object, saying: tuple | list = ()) -> str:
     """Train must end with code 2 and one message, and neither wait, nor write a metric, a checkpoint or anything else; the message is returned."""
-    before = state_of_files(run)
-    capsys.readouterr()
-    signal.alarm(60)  # a FIFO that is opened never answers
-    try:
-        assert run.command("train", *ONE_STEP, *overrides) == 2, capsys.readouterr().err[-3000:]
-    finally:
-        signal.alarm(0)
-    printed = capsys.readouterr()
-    assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.err + printed.out
-    assert len(printed.err) < 5000 and "step 1" not in printed.out
-    for text in saying:
-        assert text in printed.err, printed.err
-    assert state_of_files(run) == before, "something was written"
-    assert not [path for path in run.output_dir.glob("*") if path.name not in ("status.json", ".lock", "ranks", "stacks")]
+    with tally("R8", "an artefact that is damaged or of another run: `train` refuses it before step 1") as counts:
+        counts.injected += 1
+        before = state_of_files(run)
+        capsys.readouterr()
+        signal.alarm(60)  # a FIFO that is opened never answers
+        try:
+            assert run.command("train", *ONE_STEP, *overrides) == 2, capsys.readouterr().err[-3000:]
+        finally:
+            signal.alarm(0)
+        printed = capsys.readouterr()
+        assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.err + printed.out
+        assert len(printed.err) < 5000 and "step 1" not in printed.out
+        for text in saying:
+            assert text in printed.err, printed.err
+        assert state_of_files(run) == before, "something was written"
+        assert not [path for path in run.output_dir.glob("*") if path.name not in ("status.json", ".lock", "ranks", "stacks")]
+        counts.survived += 1
     return printed.err
 
 
@@ -792,8 +796,11 @@ def test_a_clean_artefact_is_taken(run, capsys, number):
         write_rows(path, made)
         assert [run.command(command, *options) for command in ("prepare", "precompute-ref")] == [0, 0]
         assert "taken over:" in capsys.readouterr().out and list(run.reference.glob("kept-*"))
-    assert run.command("train", *ONE_STEP, *options) == 0
-    assert run.command("verify", *options) == 0
+    with tally("R8", "a clean artefact: `train` and `verify` take it") as counts:
+        counts.injected += 1
+        assert run.command("train", *ONE_STEP, *options) == 0
+        assert run.command("verify", *options) == 0
+        counts.survived += 1
 
 
 # The parser of the format
