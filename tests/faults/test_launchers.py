@@ -1,5 +1,6 @@
 """R12: what becomes of a run when its launcher is killed, asked to stop, or loses a rank; nothing may be left behind that nobody ends."""
 
+import json
 import os
 import signal
 import subprocess
@@ -57,12 +58,10 @@ def started(tiny: Path, run: Path, kind: str) -> Iterator[Started]:
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
             assert runner.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.2)
-        processes = psutil.Process(runner.pid).children(recursive=True)
-        ranks = [process for process in processes if "RANK" in process.environ() and "kto_ds" in process.cmdline()]
-        pids += [process.pid for process in processes]
-        by_rank = sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
-        assert len(by_rank) == 2, processes
-        yield Started(runner, by_rank[0].ppid(), [process.pid for process in by_rank], log)
+        pids += [process.pid for process in psutil.Process(runner.pid).children(recursive=True)]
+        ranks = [json.loads((run / "ranks" / f"rank{rank}.json").read_text())["pid"] for rank in (0, 1)]
+        assert set(ranks) <= set(pids)
+        yield Started(runner, psutil.Process(ranks[0]).ppid(), ranks, log)
     finally:
         for pid in pids:
             with suppress(ProcessLookupError):
