@@ -121,9 +121,13 @@ class Engine:
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=STATE)
         self.deepspeed._config.load_universal_checkpoint = False
         assert loaded is not None, f"{folder} did not load"
-        optimizer, scheduler = self.deepspeed.basic_optimizer, self.deepspeed.lr_scheduler
         if is_universal:
-            _separate_steps(optimizer)
+            _separate_steps(self.deepspeed.basic_optimizer)
+        self._set_hyperparameters()
+
+    def _set_hyperparameters(self) -> None:
+        """Give every parameter group the hyper-parameters that the engine was made with, and the learning rate that these make of the present step."""
+        optimizer, scheduler = self.deepspeed.basic_optimizer, self.deepspeed.lr_scheduler
         scheduler.base_lrs = list(self._base_lrs)
         scheduler._last_lr = [base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(self._base_lrs, scheduler.lr_lambdas)]
         for group, hyperparameters, base_lr, lr in zip(optimizer.param_groups, self._hyperparameters, self._base_lrs, scheduler._last_lr):

@@ -30,7 +30,10 @@ def weights_only() -> Iterator[None]:
         except OSError:
             raise
         except Exception as error:
-            raise UserError(f"cannot be read as tensors and plain values: {excerpt(str(error).splitlines()[0])}", where=str(file), remedy=REMEDY) from error
+            # The first of torch's many lines tells how to switch the check off; another one names what is not allowed.
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = next((line.strip() for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line), lines[0])
+            raise UserError(f"cannot be read as tensors and plain values: {excerpt(reason)}", where=str(file), remedy=REMEDY) from error
 
     torch.load = load_weights_only
     try:
