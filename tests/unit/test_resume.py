@@ -68,7 +68,7 @@ def test_a_plan_that_begins_alike_has_one_digest_up_to_there():
 
 
 def test_progress_is_the_same_after_it_was_json():
-    progress = Progress(step=7, examples=56, skipped=2, skipped_in_a_row=1, recent_losses=(0.1, 1 / 3), best=Best(0.7, 4), wandb_run_id="abc")
+    progress = Progress(step=7, examples=56, skipped=2, skipped_in_a_row=1, recent_losses=(0.1, 1 / 3), best=Best(0.7, 4))
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json(json.loads(json.dumps(Progress().to_json()))) == Progress()
 
