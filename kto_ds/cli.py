@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import time
 import traceback
@@ -19,7 +20,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
-from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, Preempted, UserError
+from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 
 COMMANDS = {
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
@@ -78,6 +79,8 @@ def _own_option_hint(command: str, option: str) -> str:
 
 def program() -> None:
     """The `kto-ds` program: run the command line and end the process with the exit code; see errors.py for what the codes mean."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # as SIGINT does; a run that has something to save hears them in its own way
+        signal.signal(signum, _interrupt)
     try:
         exit_code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -86,9 +89,15 @@ def program() -> None:
         exit_code = EXIT_UNEXPECTED if _reader_left() else ended.code
     except BrokenPipeError:
         exit_code = EXIT_UNEXPECTED
+    except KeyboardInterrupt:  # while it reported an error, after rank 0 did
+        exit_code = EXIT_PREEMPTED
     if exit_code:
         # The threads of a process group that was not left can abort the interpreter on its way out, with an exit code of their own.
         os._exit(exit_code)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
 def main(argv: list[str]) -> int:
@@ -113,10 +122,10 @@ def run(argv: list[str]) -> int:
         if not error.is_told:
             _say(f"kto-ds: {error}" if isinstance(error, Preempted) else f"kto-ds: error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _let_rank_0_speak()
-        _say("kto-ds: interrupted")
-        return EXIT_UNEXPECTED
+    except KeyboardInterrupt as signalled:
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"kto-ds: {signalled or 'SIGINT'}: stopped; start the same command again")
+        return EXIT_PREEMPTED
     except Exception as error:
         if not (isinstance(error, BrokenPipeError) and _reader_left()):
             _let_rank_0_speak()

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Train on the GPUs of this machine, from artefacts that exist: launch/single_node.sh RUN.yaml [--section.key value ...]
 # NUM_RANKS: how many ranks; default: one for each visible GPU, or 1. MASTER_PORT: where they meet; default: 29500.
+# Asked to stop (SIGTERM, SIGINT, SIGUSR1), it saves and ends with 75; started again, it goes on.
 set -euo pipefail
 
 [ $# -ge 1 ] || { echo "usage: $0 RUN.yaml [--section.key value ...]" >&2; exit 2; }
+source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 config=$1
 shift
-num_ranks=${NUM_RANKS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+ranks=$(num_ranks)
 
-echo "single_node: train on $num_ranks rank(s)"
-exec deepspeed --num_accelerators "$num_ranks" --master_port "${MASTER_PORT:-29500}" --module kto_ds train --config "$config" "$@"
+echo "single_node: train on $ranks rank(s)"
+run_ranks "$ranks" train --config "$config" "$@"

@@ -1,6 +1,6 @@
 """The processes of a run as they see one another without a collective: their ids, and a small file of each that says how far it is.
 
-    ranks/rank<r>.json   {rank, host, pid, phase, step, beat}: `beat` is the unix time of its last progress; the file is new every BEAT_SECONDS while it lives
+    ranks/rank<r>.json   {rank, host, pid, phase, step, beat}: `beat` is the unix time of its last progress; the file is new every BEAT_SECONDS or sooner while it lives
     ranks/rank<r>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know
 """
 

@@ -20,14 +20,14 @@ from kto_ds.errors import EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted
 from kto_ds.runtime import peers
 from kto_ds.runtime.peers import BEAT_SECONDS, ENDED, SILENT_SECONDS, Beat, End, Peer
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # a peer that failed may only be the first of all ranks to meet the same error, and rank 0 about to report it
 DUMP_SECONDS = 2.5  # for the stacks of all ranks to be written
 FOLLOW_SECONDS = 6.0  # in which the speaking rank has spoken
 LOST_SECONDS = 15.0  # in which a peer that a collective lost is found gone or silent
 BACKSTOP_SECONDS = 60.0  # beyond the timeout, when not even this thread can run
 REPEAT_SECONDS = 1.0
-CONNECTION_WORDS = ("connection", "broken pipe", "timed out", "gloo", "nccl")  # of a collective that lost a peer
+CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl")  # of a collective that lost a peer
 AGAIN = "start the same command again: it goes on from what is saved"
 
 
@@ -55,7 +55,7 @@ class Watch:
         self._heard: dict[signal.Signals, float] = {}
         self._launchers = peers.launchers()
         self._seen: dict[str, float] = {}
-        self._shown_at, self._told = 0.0, False
+        self._shown_at, self._shown, self._told = 0.0, ("", 0), False
         self.stop_reason: str | None = None  # set once somebody wants the run to stop
 
     # for the main thread
@@ -63,7 +63,6 @@ class Watch:
     def enter(self, phase: str, step: int = 0, *, at_once: bool = False) -> None:
         """Say what begins now; `at_once` where nothing is lost when a request to stop ends the process right there."""
         self._place = Place(phase, step, at_once, time.monotonic(), time.time())
-        self._wake.set()
 
     def beat(self) -> None:
         """Say that the work goes on."""
@@ -121,7 +120,7 @@ class Watch:
 
     def _look(self, stacks: IO[str]) -> None:
         place = self._place
-        if time.monotonic() - self._shown_at >= BEAT_SECONDS:
+        if time.monotonic() - self._shown_at >= BEAT_SECONDS or self._shown != (place.phase, place.step):
             self._show(place.phase)
             faulthandler.dump_traceback_later(self._seconds + BACKSTOP_SECONDS, exit=True, file=stacks)
         self._look_for_ends()
@@ -135,10 +134,10 @@ class Watch:
             self._end(End(EXIT_PREEMPTED, "preempted", message), speaks=self._own.rank == 0)
         elif self.stop_reason and not self._told and self._own.rank == 0:
             self._told = True
-            print(f"\n{self.stop_reason}: saving after this step", flush=True)
+            print(f"\n{self.stop_reason}: stopping as soon as what is done is saved", flush=True)
 
     def _show(self, phase: str) -> None:
-        self._shown_at = time.monotonic()
+        self._shown_at, self._shown = time.monotonic(), (phase, self._place.step)
         with suppress(OSError):  # a full disk is for the main thread to meet
             peers.write_beat(self._ranks, Beat(self._own.rank, self._own.host, self._own.pid, phase, self._place.step, self._place.beat))
 
@@ -245,7 +244,7 @@ class Watch:
             _heading(stacks, "error")
             traceback.print_exception(error, file=stacks)
             stacks.flush()
-        if self._others and isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS):
+        if self._others and _is_of_a_lost_peer(error):
             self._lost = True
             time.sleep(LOST_SECONDS)
         if isinstance(error, Preempted):
@@ -254,7 +253,8 @@ class Watch:
         message = str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}"
         with self._lock, suppress(OSError):
             self._over = True
-            peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
+            if self._others:
+                peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
         self._leave("failed")
         deadline = time.monotonic() + FOLLOW_SECONDS
         while is_ours and self._own.rank and not error.is_told and time.monotonic() < deadline:
@@ -269,6 +269,13 @@ def beat() -> None:
     """Say that the work goes on, from wherever it does."""
     for watch in _current:
         watch.beat()
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed; libraries put other errors around it."""
+    is_one = isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS)
+    inner = error.__cause__ or error.__context__
+    return is_one or inner is not None and _is_of_a_lost_peer(inner)
 
 
 def _heading(stacks: IO[str], what: str) -> None:

@@ -470,10 +470,27 @@ def test_inspect_has_options_besides_those_of_the_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "options", "part"),
-    [("inspect", ("--num_rows", "many"), "--num_rows: invalid int value: 'many'"), ("inspect", ("--split",), "--split: expected one argument"), ("train", ("--num_ranks", "2"), "--num_ranks")],
+    [("inspect", ("--num_rows", "many"), "--num-rows: invalid int value: 'many'"), ("inspect", ("--split",), "--split: expected one argument"), ("train", ("--num_ranks", "2"), "--num_ranks")],
 )
 def test_they_are_checked_and_belong_to_that_command(capsys, tmp_path, command, options, part):
     assert part in refused(capsys, tmp_path, "", *options, command=command)
+
+
+@pytest.mark.parametrize("option", ["--max-wall-time", "--max_wall_time"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_they_may_be_written_with_dashes(tmp_path, option, joined):
+    path = str(run_file(tmp_path))
+    config, given = read_config("train", ["--config", path, *([f"{option}=3600"] if joined else [option, "3600"])])
+    assert given.max_wall_time == "3600" and config == read_config("train", ["--config", path])[0]
+    assert read_config("train", ["--config", path])[1].max_wall_time is None
+
+
+def test_one_of_another_command_is_said_to_be_so(capsys, tmp_path):
+    assert "--max-wall-time is an option of kto-ds train" in refused(capsys, tmp_path, "", "--max-wall-time", "5", command="evaluate")
+
+
+def test_a_wall_time_that_is_none_is_refused(capsys, tmp_path):
+    assert "'soon' is no wall time" in refused(capsys, tmp_path, "", "--max-wall-time", "soon")
 
 
 # launchers and commands

@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 
 from kto_ds.config import WandbConfig
-from kto_ds.errors import UserError
+from kto_ds.errors import Preempted, UserError
 from kto_ds.report.console import Console, duration
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import MetricsFile, Sinks, WandbRun, open_sinks, read_records
@@ -204,6 +204,20 @@ def test_the_status_is_written_when_it_changes_or_gets_old(tmp_path):
         raise UserError("stop")
     assert found == [0, 0, 0, 3, 3]
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "failed", "step": 4, "exit_code": 2, "reason": "UserError: stop"}
+
+
+def test_status_tells_a_preemption_from_a_failure(tmp_path):
+    status = RunStatus(tmp_path / "status.json", is_main=True)
+    with pytest.raises(Preempted), status.until_the_end():
+        status.running(7)
+        raise Preempted("SIGTERM")
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "preempted", "step": 7, "exit_code": 75, "reason": "Preempted: SIGTERM"}
+
+
+def test_the_first_end_of_a_status_is_the_last(tmp_path):
+    with RunStatus(tmp_path / "status.json", is_main=True).until_the_end() as status:
+        status.end("failed", 1, "no progress")
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
 def test_other_ranks_write_no_status(tmp_path):

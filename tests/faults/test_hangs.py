@@ -1,0 +1,75 @@
+"""R14: a run that makes no progress ends by itself, says which rank lags, and leaves the stacks of all that can write them."""
+
+import functools
+import signal
+import time
+
+import pytest
+
+from tests.distributed.tiny_run import config_of, status_of
+from tests.faults import ranks
+from tests.faults.injected import at_point, happened_at, messages, stop_for_good
+from tests.faults.ledger import record
+from tests.faults.points import Point
+
+pytestmark = pytest.mark.distributed
+
+TIMEOUT = 6
+STEP_6 = Point("in a step", "kto_ds.runtime.engine.Engine.step", nth=6)
+LOADER_6 = Point("in the thread that lays out the next step", "kto_ds.stages.step_work.StepPlanner.work_of", nth=6)
+MAIN_RANK_SAVES = Point("while the others wait for rank 0", "kto_ds.artifacts.seal", nth=3)
+SET_UP = Point("in set-up", "kto_ds.model.load.load_policy")
+
+
+def train_with(tiny, folder, *, point: Point, victim: int, action) -> tuple[list[int], str, float]:
+    before = functools.partial(at_point, point=point, victims=(victim,), action=action, folder=folder)
+    # Reading the model takes its time too, but none of it this long.
+    config = config_of(tiny, output_dir=folder / "run", train__step_timeout_seconds=TIMEOUT, train__setup_timeout_seconds=60 if point != SET_UP else 2 * TIMEOUT)
+    exit_codes, output = ranks.run(["train", *config], log=folder / "log", before=before)
+    return exit_codes, output, time.time() - happened_at(folder, (victim,))
+
+
+def require_failure(folder, output: str, victim: int) -> str:
+    """Return the message, after looking at what any hang must leave behind."""
+    assert (status_of(folder / "run")["state"], status_of(folder / "run")["exit_code"]) == ("failed", 1)
+    assert len(messages(output)) == 1 and "Traceback" not in output, output[-4000:]
+    message = output[output.index(messages(output)[0]) :]
+    assert f"no progress for {TIMEOUT} s" in message or f"no progress for {2 * TIMEOUT} s" in message
+    lines = [line for line in message.splitlines() if line.startswith("  rank ")]
+    assert len(lines) == 2 and lines[0].startswith(f"  rank {victim} "), f"the one that lags comes first: {lines}"
+    assert str(folder / "run" / "stacks") in message
+    return message
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named_by_the_other_and_ended(tiny, tmp_path, victim):
+    exit_codes, output, seconds = train_with(tiny, tmp_path, point=STEP_6, victim=victim, action=stop_for_good)
+    assert exit_codes[1 - victim] == 1 and exit_codes[victim] == -9, output[-4000:]
+    assert seconds < TIMEOUT + 20
+    assert "gives no sign of life" in require_failure(tmp_path, output, victim)
+    stacks = (tmp_path / "run" / "stacks" / f"rank{1 - victim}.txt").read_text()
+    assert "no progress for" in stacks and "train_step" in stacks
+    record("R14", f"SIGSTOP of rank {victim}", injected=1, survived=1, seconds=seconds, stock=f"15.0 s for a timeout of 15 s, here {TIMEOUT} s")
+
+
+HANGS = [(LOADER_6, 1), (LOADER_6, 0), (STEP_6, 1), (MAIN_RANK_SAVES, 0), (SET_UP, 1)]
+
+
+@pytest.mark.parametrize("point, victim", [pytest.param(*case, marks=[] if case == (LOADER_6, 1) else pytest.mark.slow, id=f"{case[0].phase}-{case[1]}") for case in HANGS])
+def test_a_sleeping_rank_leaves_the_stacks_of_all(tiny, tmp_path, point, victim):
+    exit_codes, output, seconds = train_with(tiny, tmp_path, point=point, victim=victim, action=functools.partial(time.sleep, 300))
+    assert exit_codes == [1, 1] and seconds < 2 * TIMEOUT + 20, output[-4000:]
+    require_failure(tmp_path, output, victim)
+    for rank in (0, 1):
+        stacks = (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text()
+        assert "no progress for" in stacks and ("_noted" in stacks) == (rank == victim), "the stack shows where it sleeps"
+    record("R14", f"sleep {point.phase}, rank {victim}", injected=1, survived=1, seconds=seconds)
+
+
+@pytest.mark.slow
+def test_sigusr2_writes_the_stacks_of_a_run_that_goes_on(tiny, tmp_path):
+    before = functools.partial(at_point, point=STEP_6, victims=(0, 1), action=functools.partial(signal.raise_signal, signal.SIGUSR2), folder=tmp_path)
+    exit_codes, output = ranks.run(["train", *config_of(tiny, output_dir=tmp_path / "run")], log=tmp_path / "log", before=before)
+    assert exit_codes == [0, 0], output[-4000:]
+    for rank in (0, 1):
+        assert "in train_step" in (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text()
