@@ -30,7 +30,7 @@ DOUBLE = {
     "damage, then the load of the one before": (AFTER_RENAME, True, Point("load", LOAD)),
     "damage, then the save in its place": (AFTER_RENAME, True, Point("save", "pathlib.Path.rename", "after", r"\.tmp-step-.* .*/step-", on_rank_0_only=True)),
 }
-QUICK = {("save, then the same save", 1), ("damage, then after it is set aside", 0)}
+QUICK = {("damage, then after it is set aside", 0)}
 
 
 def damage(folder: Path) -> None:

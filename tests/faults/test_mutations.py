@@ -20,6 +20,10 @@ SWEPT = "tests/faults/test_kill_points.py::test_train[retention: old one renamed
 FLIPS = "tests/faults/test_corruption.py::test_every_flipped_bit_is_found[60]"
 SYNCS = "tests/faults/test_sync_order.py::test_everything_is_on_disk_before_its_name_counts"
 FULL, FULL_AT_ONCE = (f"tests/faults/test_disk.py::test_train_on_a_full_disk[{when}]" for when in ("while DeepSpeed saves, rank 1", "before the save"))
+RESCALED = "tests/faults/test_world_size.py::test_other_numbers_of_ranks_and_the_first_again[3-chain0]"
+CHANGED = "tests/faults/test_checkpoint_contents.py::test_a_changed_config_is_refused_or_takes_effect"
+PAYLOAD = "tests/faults/test_checkpoint_contents.py::test_a_payload_with_fitting_digests_is_refused_and_not_run[export-False]"
+SIGNALLED = "tests/faults/test_signals.py::test_a_signal_saves_once_and_the_run_goes_on_bit_for_bit[SIGTERM-to-(1,)-in a step]"
 RETRIED = "tests/faults/test_double_faults.py::test_a_kill_during_the_recovery[damage, then after it is set aside, rank 0]"
 
 
@@ -54,6 +58,10 @@ MUTANTS = {
     "generators are not restored": Mutant("runtime/restore.py", "restore_rng({", "print({", KILLED),
     "moments are not restored": Mutant("runtime/engine.py", "load_checkpoint(str(folder), tag=STATE)", "load_checkpoint(str(folder), tag=STATE, load_optimizer_states=False)", KILLED),
     "the schedule is not restored": Mutant("runtime/engine.py", "load_checkpoint(str(folder), tag=STATE)", "load_checkpoint(str(folder), tag=STATE, load_lr_scheduler_states=False)", KILLED),
+    "parameters share Adam's step counter": Mutant("runtime/engine.py", '            state["step"] = state["step"].clone().to(parameter.device)', "            pass", RESCALED),
+    "hyper-parameters are those of the file": Mutant("runtime/engine.py", "            group.update(hyperparameters, lr=lr, initial_lr=base_lr)", "            pass", CHANGED),
+    "whatever a pickle says is run": Mutant("runtime/unpickling.py", '{**named, "weights_only": True}', '{**named, "weights_only": False}', PAYLOAD),
+    "a signal stays on its rank": Mutant("stages/objective.py", "bool(num_stopping)", "wants_to_stop()", SIGNALLED),
     "the record is not cut back": Mutant("report/sinks.py", "    metrics.drop_after(done_steps or -1)\n", "", RETRIED),
     "a shard's bytes are not looked at": Mutant("data/reference.py", 'if file_digest(path) == name["digest"]:', "if True:", "tests/unit/test_precompute.py"),
 }
