@@ -207,6 +207,15 @@ def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
     return manifest
 
 
+def is_of_another_version(folder: Path) -> bool:
+    """Tell whether the manifest of a folder is undamaged, and one that this version cannot read: what lies there is not broken, and not to be touched."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        return isinstance(manifest, dict) and manifest.get("format") != FORMAT and manifest.get("digest") == _own_digest(manifest)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _checked(manifest: dict) -> dict:
     """Return the manifest without its own digest; ValueError when that does not fit, or it does not say what a manifest must."""
     if manifest.get("digest") != _own_digest(manifest):

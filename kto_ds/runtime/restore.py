@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kto_ds.artifacts import damaged_files, read_manifest, unlisted_files
+from kto_ds.artifacts import damaged_files, is_of_another_version, read_manifest, unlisted_files
 from kto_ds.errors import UserError
 from kto_ds.runtime.checkpoint import RNG_FILE
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
@@ -18,6 +18,7 @@ from kto_ds.runtime.rng import derive_rng, restore_rng
 from kto_ds.runtime.unpickling import REMEDY, foreign_objects, weights_only
 from kto_ds.runtime.world_size import converted
 
+OTHER_VERSION = "go on with the version of kto_ds that wrote it, choose another output_dir, or set checkpoint.resume: never"
 # What the manifest of a checkpoint has besides what every manifest has.
 FIELDS = {"step": int, "world_size": int, "zero": dict, "config": dict, "identity": dict, "progress": dict}
 
@@ -62,11 +63,20 @@ def verified(folder: Path, world: World) -> Checkpoint:
 
 
 def _verify(folder: Path, world: World) -> tuple[Checkpoint, list[str]]:
-    """Return a checkpoint and what is damaged about it, the same on all ranks. UserError when it holds what only somebody else can have put there."""
+    """Return a checkpoint and what is damaged about it, the same on all ranks.
+
+    UserError when another version of kto_ds wrote it, or when it holds what only somebody else can have put there.
+    """
     try:
-        manifest = on_main_rank(lambda: _read_manifest(folder))
+        manifest = on_main_rank(lambda: read_manifest(folder, kind=KIND, remedy=OTHER_VERSION))
     except UserError as error:
+        if on_main_rank(lambda: is_of_another_version(folder)):
+            raise
         return Checkpoint(folder, {}), [error.what]
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
+        raise UserError(f"its manifest lacks {', '.join(wrong)}: another version of kto_ds wrote it", where=str(folder), remedy=OTHER_VERSION)
+    if manifest["step"] != int(NAME.fullmatch(folder.name)[1]):
+        return Checkpoint(folder, {}), [f"it is the checkpoint of step {manifest['step']}, under another name"]
     share = {name: entry for index, (name, entry) in enumerate(manifest["files"].items()) if index % world.num_ranks == world.rank}
     problems = _gathered(lambda: damaged_files(folder, {"files": share}) + (unlisted_files(folder, manifest) if world.is_main else []))
     if not problems and (foreign := _gathered(lambda: [line for name in share if name.endswith(".pt") for line in foreign_objects(folder / name)])):
@@ -76,17 +86,6 @@ def _verify(folder: Path, world: World) -> tuple[Checkpoint, list[str]]:
 
 def _gathered(look: Callable[[], list[str]]) -> list[str]:
     return [line for part in gather_objects(look()) for line in part]
-
-
-def _read_manifest(folder: Path) -> dict:
-    """Return the manifest of a checkpoint, right in itself; UserError otherwise."""
-    remedy = "remove this folder"
-    manifest = read_manifest(folder, kind=KIND, remedy=remedy)
-    if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
-        raise UserError(f"its manifest lacks {', '.join(wrong)}: another version of kto_ds wrote it", where=str(folder), remedy=remedy)
-    if manifest["step"] != int(NAME.fullmatch(folder.name)[1]):
-        raise UserError(f"it is the checkpoint of step {manifest['step']}, under another name", where=str(folder), remedy=remedy)
-    return manifest
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world: World) -> None:
