@@ -47,6 +47,7 @@ ROWS = [
     Row("R22", "secrets"),
     Row("R23", "2,000 steps, a save every 10: leaks"),
     Row("R24", "two starts in one folder"),
+    Row("R25", "checkpoints of another version"),
     Row("R26", "safeguards taken out one at a time: does a test fail?"),
     Row("R27", "cost of a save above DeepSpeed's own"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kto_ds.artifacts import describe_folder, read_manifest, seal
+from kto_ds.artifacts import canonical_json, describe_folder, digest_of, read_manifest, seal
 from tests.distributed.tiny_run import config_of
 from tests.faults import ranks
 from tests.faults.fed import go_back_to
@@ -63,6 +63,21 @@ def test_a_payload_with_fitting_digests_is_refused_and_not_run(tiny, unbroken, t
     folder = newest_intact(run)
     torch.load(next((folder / "state").glob("*_0_*model_states.pt" if reader == "export" else "*_0_*optim_states.pt")), weights_only=False)
     assert marker.exists(), "the payload works where nobody stops it"
+
+
+@pytest.mark.parametrize("change", [pytest.param({"format": 99}, id="format"), pytest.param({"progress": None}, id="fields")])
+def test_a_checkpoint_of_another_version_is_refused_and_stays(tiny, unbroken, tmp_path, change):
+    """It is whole, and somebody can still read it: to set it aside and go on from an older one would lose steps without need."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken.run, run)
+    path = newest_intact(run) / "manifest.json"
+    manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"} | change
+    path.write_text(json.dumps({**manifest, "digest": digest_of(canonical_json(manifest))}))
+    with tally("R25", "a checkpoint of another version: refused, and left as it is") as counts:
+        counts.injected += 1
+        exit_codes, output = ranks.run(["train", *config_of(tiny, output_dir=run)], log=tmp_path / "log", num_ranks=1)
+        assert exit_codes == [2] and "version" in output and path.exists() and not list(run.glob("checkpoints/*.corrupt.*")), output[-3000:]
+        counts.survived += 1
 
 
 def saved_groups(run: Path) -> list[dict]:
