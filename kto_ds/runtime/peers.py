@@ -16,7 +16,7 @@ import psutil
 from kto_ds.artifacts import read_json
 
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 10.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
+SILENT_SECONDS = 6.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
 ENDED = ("done", "preempted", "failed")
 
 

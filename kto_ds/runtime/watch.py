@@ -46,7 +46,7 @@ class Watch:
     def __init__(self, ranks: Path, stacks: Path, run: list[Peer], rank: int, *, token: str, seconds: float, on_end: Callable[[End], None]):
         """`ranks` and `stacks` are the folders of the files; `token` is of this start alone; `on_end` is called on the rank that speaks."""
         self._ranks, self._stacks = ranks, stacks / f"rank{rank}.txt"
-        self._mark = ranks / f"stuck-{token}"
+        self._mark, self._word = ranks / f"stuck-{token}", ranks / f"told-{token}"
         self._run, self._own, self._on_end = run, run[rank], on_end
         self._others = [peer for peer in run if peer.rank != rank]
         self._local = [peer for peer in self._others if peer.machine == self._own.machine]
@@ -177,7 +177,7 @@ class Watch:
             time.sleep(FOLLOW_SECONDS)
         lines = "\n  ".join(self._last_seen(peer) for peer in sorted(self._run, key=self._progress_of))
         message = (
-            f"no progress for {self._seconds:.0f} s (train.step_timeout_seconds, train.setup_timeout_seconds before the first step); the ranks, the one furthest behind first:\n"
+            f"no progress for {self._seconds:.0f} s (train.step_timeout_seconds, train.setup_timeout_seconds before the first step); the ranks, those behind first:\n"
             f"  {lines}\n  remedy: the stacks of the ranks that could write them are in {self._stacks.parent}; {AGAIN}"
         )
         silent = [peer for peer in self._local if self._is_silent(peer)]
@@ -220,7 +220,7 @@ class Watch:
             if self._over:
                 return
             self._over = True
-            if speaks:
+            if speaks and self._takes_the_word():
                 print(redact(f"\nkto-ds: {'' if end.state == 'preempted' else 'error: '}{end.message}"), file=sys.stderr, flush=True)
                 with suppress(OSError):
                     self._on_end(end)
@@ -231,6 +231,16 @@ class Watch:
                 with suppress(ProcessLookupError):
                     os.kill(peer.pid, signal.SIGKILL)
             os._exit(end.exit_code)
+
+    def _takes_the_word(self) -> bool:
+        """Whether this rank is the first to speak: what is found by several at a time is told once."""
+        try:
+            self._word.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # better twice than never
+            return True
+        return True
 
     def _leave(self, phase: str) -> None:
         with self._lock:
@@ -254,6 +264,8 @@ class Watch:
         message = redact(str(error) if is_ours else f"{type(error).__name__}: {error}\n  the traceback is in {self._stacks}")
         with self._lock, suppress(OSError):
             self._over = True
+            if self._own.rank == 0:
+                self._takes_the_word()
             if self._others:
                 peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
         self._leave("failed")

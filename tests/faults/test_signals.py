@@ -69,6 +69,7 @@ def test_the_same_signal_again_ends_the_run_at_once(tiny, tmp_path):
     record("R11", "SIGTERM twice", injected=1, survived=1, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_signals_of_several_kinds_or_within_moments_are_one(tiny, tmp_path):
     run = tmp_path / "run"
     action = functools.partial(send, signal.SIGINT, signal.SIGINT, signal.SIGTERM, pause=0.3)
