@@ -158,7 +158,7 @@ from kto_ds.runtime.collectives import start, stop
 from kto_ds.runtime.deepspeed_config import reading_config
 from kto_ds.runtime.engine import shard_for_reading
 
-world = start()
+world = start(timeout_seconds=600)
 model = ModelConfig(path=sys.argv[-1], dtype="float32")
 shards = reading_config({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, dtype="float32")
 policy = load_policy(model, read_model_config(model), layout="prefix_shared", backend="sdpa", gradient_checkpointing=False, partition_for=shards)
