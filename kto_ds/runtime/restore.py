@@ -20,7 +20,7 @@ from kto_ds.runtime.world_size import converted
 
 OTHER_VERSION = "go on with the version of kto_ds that wrote it, choose another output_dir, or set checkpoint.resume: never"
 # What the manifest of a checkpoint has besides what every manifest has.
-FIELDS = {"step": int, "world_size": int, "zero": dict, "config": dict, "identity": dict, "progress": dict}
+FIELDS = {"step": int, "world_size": int, "zero": dict, "config": dict, "identity": dict, "plan": str, "progress": dict}
 
 
 class Checkpoint(NamedTuple):

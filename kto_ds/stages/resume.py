@@ -104,8 +104,9 @@ def require_same_run(checkpoint: Checkpoint, record: dict) -> list[Change]:
     where = str(checkpoint.folder)
     try:
         found = changes(checkpoint.manifest["config"], record["config"])
-    except ValidationError as error:
-        raise UserError("its config is not one of this version of kto_ds", where=where, remedy=REMEDY) from error
+        Progress.from_json(checkpoint.manifest["progress"])
+    except (ValidationError, TypeError, ValueError) as error:
+        raise UserError("its config and progress are not those of this version of kto_ds", where=where, remedy=REMEDY) from error
     fixed = [f"{change.key}: this run has {excerpt(change.now)}, the checkpoint has {excerpt(change.was)}" for change in found if change.key in FIXED]
     require_match(record["identity"], checkpoint.manifest["identity"], where=where, remedy=REMEDY, besides=fixed)
     return [change for change in found if change.key not in FIXED]

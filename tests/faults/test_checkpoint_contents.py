@@ -65,7 +65,7 @@ def test_a_payload_with_fitting_digests_is_refused_and_not_run(tiny, unbroken, t
     assert marker.exists(), "the payload works where nobody stops it"
 
 
-@pytest.mark.parametrize("change", [pytest.param({"format": 99}, id="format"), pytest.param({"progress": None}, id="fields")])
+@pytest.mark.parametrize("change", [pytest.param({"format": 99}, id="format"), pytest.param({"progress": None}, id="fields", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_another_version_is_refused_and_stays(tiny, unbroken, tmp_path, change):
     """It is whole, and somebody can still read it: to set it aside and go on from an older one would lose steps without need."""
     run = tmp_path / "run"
@@ -117,6 +117,7 @@ def test_the_best_step_is_saved_kept_and_exported(tiny, tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max((record for record in records if record["split"] == "eval"), key=lambda record: record["logps/chosen"])
     newest = newest_intact(run)
+    assert {path.suffix for path in newest.rglob("*") if path.is_file()} == {".pt", ".json", ".safetensors"}, "no scripts"
     found = json.loads((newest / "manifest.json").read_text())["progress"]
     assert found["best"] == {"value": best["logps/chosen"], "step": best["step"]} and found["examples"] == 96 and found["step"] == 12
     kept = sorted(step_of(folder) for folder in (run / "checkpoints").glob("step-*"))
@@ -126,3 +127,12 @@ def test_the_best_step_is_saved_kept_and_exported(tiny, tmp_path):
     assert f"exported step {best['step']} to" in output
     exit_codes, output = ranks.run(["train", *settings, "--checkpoint.metric_for_best_model", "eval/rewards/auk"], log=tmp_path / "log")
     assert exit_codes == [2, 2] and "eval/rewards/auc" in output, output[-2000:]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_under_another_name_is_set_aside(tiny, unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken.run, run)
+    (run / "checkpoints" / "step-00000010").rename(run / "checkpoints" / "step-00000014")
+    output = ranks.require_success(["train", *config_of(tiny, output_dir=run)], log=tmp_path / "log")
+    assert "it is the checkpoint of step 10, under another name" in output and "nothing left to do" in output, output[-2000:]
