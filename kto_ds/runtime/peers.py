@@ -1,7 +1,8 @@
 """The processes of a run as they see one another without a collective: their ids, and a small file of each that says how far it is.
 
     ranks/rank<r>.json   {rank, host, pid, phase, step, beat}: `beat` is the unix time of its last progress; the file is new every BEAT_SECONDS or sooner while it lives
-    ranks/rank<r>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know
+    ranks/rank<r>.<token>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know; the token is of one start, as ranks of an
+                                 earlier one may still be ending, and a second start may be refused here
 """
 
 import json
@@ -72,8 +73,8 @@ def write_beat(folder: Path, beat: Beat) -> None:
     _replace(folder / f"rank{beat.rank}.json", beat._asdict())
 
 
-def write_end(folder: Path, rank: int, end: End) -> None:
-    _replace(folder / f"rank{rank}.end", end._asdict())
+def write_end(folder: Path, rank: int, end: End, *, token: str) -> None:
+    _replace(folder / f"rank{rank}.{token}.end", end._asdict())
 
 
 def _replace(path: Path, content: dict) -> None:
@@ -90,9 +91,9 @@ def read_beat(folder: Path, peer: Peer) -> Beat | None:
     return None
 
 
-def read_end(folder: Path, peer: Peer) -> End | None:
+def read_end(folder: Path, peer: Peer, *, token: str) -> End | None:
     with suppress(ValueError, TypeError):
-        return End(**read_json(folder / f"rank{peer.rank}.end"))
+        return End(**read_json(folder / f"rank{peer.rank}.{token}.end"))
     return None
 
 

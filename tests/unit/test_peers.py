@@ -24,11 +24,12 @@ def test_a_process_is_gone_when_it_has_ended_or_is_another_one():
 def test_ranks_read_what_others_wrote_and_nothing_of_an_earlier_run(tmp_path):
     folder, peer = tmp_path / "ranks", peers.this_process(3)
     peers.clear(folder)
-    assert peers.read_beat(folder, peer) is None and peers.read_end(folder, peer) is None
+    assert peers.read_beat(folder, peer) is None and peers.read_end(folder, peer, token="now") is None
     beat, end = Beat(3, "host", 17, "step", 5, 1.5), End(2, "failed", "rows are wrong")
     peers.write_beat(folder, beat)
-    peers.write_end(folder, 3, end)
-    assert peers.read_beat(folder, peer) == beat and peers.read_end(folder, peer) == end
+    peers.write_end(folder, 3, end, token="now")
+    assert peers.read_beat(folder, peer) == beat and peers.read_end(folder, peer, token="now") == end
+    assert peers.read_end(folder, peer, token="later") is None, "of another start"
     peers.clear(folder)
     assert list(folder.iterdir()) == []
 
@@ -37,8 +38,8 @@ def test_ranks_read_what_others_wrote_and_nothing_of_an_earlier_run(tmp_path):
 def test_a_damaged_file_says_nothing(tmp_path, text):
     peer = peers.this_process(3)
     (tmp_path / "rank3.json").write_text(text)
-    (tmp_path / "rank3.end").write_text(text)
-    assert peers.read_beat(tmp_path, peer) is None and peers.read_end(tmp_path, peer) is None
+    (tmp_path / "rank3.now.end").write_text(text)
+    assert peers.read_beat(tmp_path, peer) is None and peers.read_end(tmp_path, peer, token="now") is None
 
 
 def test_silence_is_measured_by_the_clock_of_the_files(tmp_path):
