@@ -1,7 +1,8 @@
 """The processes of a run as they see one another without a collective: their ids, and a small file of each that says how far it is.
 
     ranks/rank<r>.json   {rank, host, pid, phase, step, beat}: `beat` is the unix time of its last progress; the file is new every BEAT_SECONDS or sooner while it lives
-    ranks/rank<r>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know
+    ranks/rank<r>.<token>.end    {exit_code, state, message} of a rank that ended by itself, while others may not know; the token is of one start, as ranks of an
+                                 earlier one may still be ending, and a second start may be refused here
 """
 
 import json
@@ -25,7 +26,7 @@ class Peer(NamedTuple):
     host: str
     machine: str  # where its process id means something
     pid: int
-    started: float  # unix time; tells it from a later process of the same id
+    started: int  # clock ticks from the boot on: tells it from a later process of the same id, whatever becomes of the time of day
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
@@ -47,17 +48,26 @@ class End(NamedTuple):
 
 
 def this_process(rank: int) -> Peer:
-    host = socket.gethostname()
-    return Peer(rank, host, f"{host} {os.readlink('/proc/self/ns/pid')}", os.getpid(), psutil.Process().create_time())
+    host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    _, started = _state_and_start(os.getpid())
+    # Machines may share a name, and the first process namespace has the same number on all of them.
+    return Peer(rank, host, f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), started)
 
 
 def is_gone(peer: Peer) -> bool:
     """Whether a process of this machine has ended."""
     try:
-        process = psutil.Process(peer.pid)
-        return abs(process.create_time() - peer.started) > 1 or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
+        state, started = _state_and_start(peer.pid)
+    except (FileNotFoundError, ProcessLookupError):
         return True
+    return started != peer.started or state in ("Z", "X")
+
+
+def _state_and_start(pid: int) -> tuple[str, int]:
+    """Return the state of a process (one letter) and when it started, in clock ticks from the boot on."""
+    # The second field, its name in brackets, may hold anything. psutil's start time moves with the time of day when that is set.
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def clear(folder: Path) -> None:
@@ -72,8 +82,8 @@ def write_beat(folder: Path, beat: Beat) -> None:
     _replace(folder / f"rank{beat.rank}.json", beat._asdict())
 
 
-def write_end(folder: Path, rank: int, end: End) -> None:
-    _replace(folder / f"rank{rank}.end", end._asdict())
+def write_end(folder: Path, rank: int, end: End, *, token: str) -> None:
+    _replace(folder / f"rank{rank}.{token}.end", end._asdict())
 
 
 def _replace(path: Path, content: dict) -> None:
@@ -90,9 +100,9 @@ def read_beat(folder: Path, peer: Peer) -> Beat | None:
     return None
 
 
-def read_end(folder: Path, peer: Peer) -> End | None:
+def read_end(folder: Path, peer: Peer, *, token: str) -> End | None:
     with suppress(ValueError, TypeError):
-        return End(**read_json(folder / f"rank{peer.rank}.end"))
+        return End(**read_json(folder / f"rank{peer.rank}.{token}.end"))
     return None
 
 

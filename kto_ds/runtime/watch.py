@@ -46,7 +46,7 @@ class Watch:
     def __init__(self, ranks: Path, stacks: Path, run: list[Peer], rank: int, *, token: str, seconds: float, on_end: Callable[[End], None]):
         """`ranks` and `stacks` are the folders of the files; `token` is of this start alone; `on_end` is called on the rank that speaks."""
         self._ranks, self._stacks = ranks, stacks / f"rank{rank}.txt"
-        self._mark, self._word = ranks / f"stuck-{token}", ranks / f"told-{token}"
+        self._token, self._mark, self._word = token, ranks / f"stuck-{token}", ranks / f"told-{token}"
         self._run, self._own, self._on_end = run, run[rank], on_end
         self._others = [peer for peer in run if peer.rank != rank]
         self._local = [peer for peer in self._others if peer.machine == self._own.machine]
@@ -147,7 +147,7 @@ class Watch:
     def _look_for_ends(self) -> None:
         """End as a peer did that failed alone."""
         for peer in self._others:
-            end = peers.read_end(self._ranks, peer)
+            end = self._end_of(peer)
             if end is not None and self._for_seconds(f"end {peer.rank}") >= (SETTLE_SECONDS if self._speaker() == self._own.rank else FOLLOW_SECONDS):
                 self._end(end._replace(message=f"[rank {peer.rank}] {end.message}"), speaks=peer.rank != 0 and self._speaker() == self._own.rank)
 
@@ -185,7 +185,7 @@ class Watch:
 
     def _speaker(self) -> int:
         """Return the lowest rank that can still speak."""
-        able = (peer.rank for peer in self._others if peers.read_end(self._ranks, peer) is None and not self._is_silent(peer) and not (peer in self._local and peers.is_gone(peer)))
+        able = (peer.rank for peer in self._others if self._end_of(peer) is None and not self._is_silent(peer) and not (peer in self._local and peers.is_gone(peer)))
         return min([self._own.rank, *able])
 
     def _is_silent(self, peer: Peer) -> bool:
@@ -198,6 +198,9 @@ class Watch:
     def _beat_of(self, peer: Peer) -> Beat | None:
         beat = peers.read_beat(self._ranks, peer)
         return beat if beat is not None and beat.pid == peer.pid else None
+
+    def _end_of(self, peer: Peer) -> End | None:
+        return peers.read_end(self._ranks, peer, token=self._token)
 
     def _phase_of(self, peer: Peer) -> str:
         beat = self._beat_of(peer)
@@ -225,7 +228,7 @@ class Watch:
                 with suppress(OSError):
                     self._on_end(end)
             with suppress(OSError):
-                peers.write_end(self._ranks, self._own.rank, end)
+                peers.write_end(self._ranks, self._own.rank, end, token=self._token)
             self._show(end.state)
             for peer in kills:  # which can end in no other way, and would keep their device
                 with suppress(ProcessLookupError):
@@ -267,7 +270,7 @@ class Watch:
             if self._own.rank == 0:
                 self._takes_the_word()
             if self._others:
-                peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message))
+                peers.write_end(self._ranks, self._own.rank, End(error.exit_code if is_ours else EXIT_UNEXPECTED, "failed", message), token=self._token)
         self._leave("failed")
         deadline = time.monotonic() + FOLLOW_SECONDS
         while is_ours and self._own.rank and not error.is_told and time.monotonic() < deadline:

@@ -26,6 +26,7 @@ from kto_ds.report.metrics import StepResult, kto_metrics, reward_auc
 from kto_ds.report.throughput import StepTimer
 from kto_ds.runtime.collectives import any_across_ranks, sum_across_ranks
 from kto_ds.runtime.engine import Engine
+from kto_ds.runtime.watch import beat
 from kto_ds.stages.numerics import Problem, StepOutcome, loss_problem
 from kto_ds.stages.step_work import StepWork
 
@@ -192,6 +193,7 @@ def logps_of(forward: Callable[[Batch], Tensor], batches: Iterable[Batch], pairs
     logps = torch.zeros(len(pairs), dtype=torch.float32, device=device)
     for batch in batches:
         scored = score_batch(forward, batch.to(device))
+        beat()  # the ranks may not meet before the last micro-batch
         logps[_places(scored.pairs, pairs, device)] = scored.logps
     return sum_across_ranks(logps)
 

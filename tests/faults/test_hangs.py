@@ -73,3 +73,26 @@ def test_sigusr2_writes_the_stacks_of_a_run_that_goes_on(tiny, tmp_path):
     assert exit_codes == [0, 0], output[-4000:]
     for rank in (0, 1):
         assert "in train_step" in (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text()
+
+
+def score_slowly(rank: int) -> None:
+    """A model whose micro-batches take seconds, though no one of them takes long."""
+    from kto_ds.model.policy import Policy
+
+    forward = Policy.forward
+
+    def slow(*arguments, **named):
+        time.sleep(TIMEOUT / 2)
+        return forward(*arguments, **named)
+
+    Policy.forward = slow
+
+
+@pytest.mark.slow
+def test_a_long_evaluation_is_no_hang(tiny, tmp_path):
+    began = time.monotonic()
+    config = config_of(tiny, output_dir=tmp_path / "run", eval__path=tiny / "model", train__setup_timeout_seconds=2 * TIMEOUT, reference__max_tokens_per_microbatch=32)
+    exit_codes, output = ranks.run(["evaluate", *config], log=tmp_path / "log", num_ranks=1, before=score_slowly)
+    assert exit_codes == [0], output[-4000:]
+    assert time.monotonic() - began > 2 * 2 * TIMEOUT, "each half of the pairs takes longer than the timeout"
+    record("R14", "no hang: an evaluation longer than the timeout", injected=1, survived=1, seconds=time.monotonic() - began)

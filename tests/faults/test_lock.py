@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from kto_ds.runtime.watch import SETTLE_SECONDS
 from tests.distributed.tiny_run import config_of
 from tests.faults import ranks
 from tests.faults.injected import at_point, happened_at, messages
@@ -34,6 +35,27 @@ def test_a_second_start_is_refused_and_named_the_owner(tiny, tmp_path):
         first.wait()
     ranks.require_success(command, log=tmp_path / "third")
     record("R24", "two starts in one folder; the owner killed, a third start", injected=2, survived=2, seconds=seconds)
+
+
+def test_a_second_precompute_ref_does_not_disturb_the_first(tiny, tmp_path):
+    began = time.monotonic()
+    command = ["precompute-ref", *config_of(tiny, output_dir=tmp_path / "run", reference__artifact=tmp_path / "reference")]
+    point = Point("in a shard", "kto_ds.stages.precompute_ref.score_shard")
+    before = functools.partial(at_point, point=point, victims=(0, 1), action=functools.partial(wait_until, tmp_path / "go_on"), folder=tmp_path)
+    with ranks.Ranks(command, log=tmp_path / "first", before=before) as first:
+        wait_for(tmp_path / "happened0", first)
+        exit_codes, output = ranks.run(command, log=tmp_path / "second")
+        assert exit_codes == [2, 2] and "another run is writing here" in output, output[-4000:]
+        time.sleep(2 * SETTLE_SECONDS)  # in which the first one would have ended like a rank of the second
+        (tmp_path / "go_on").touch()
+        assert first.wait() == [0, 0], first.output()[-4000:]
+    assert (tmp_path / "reference" / "manifest.json").is_file()
+    record("R24", "two starts of precompute-ref", injected=1, survived=1, seconds=time.monotonic() - began)
+
+
+def wait_until(path) -> None:
+    while not path.exists():
+        time.sleep(0.05)
 
 
 def wait_for(path, started: ranks.Ranks) -> None:
