@@ -130,10 +130,11 @@ def seal(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
     for half_written in folder.glob(f".{MANIFEST}.*.tmp"):  # by an attempt that was killed in here
         half_written.unlink()
     content = {"format": FORMAT, **manifest, "files": files}
-    write_atomically(folder / MANIFEST, json.dumps({**content, "digest": _own_digest(content)}, indent=1))
+    write_atomically(folder / MANIFEST, json.dumps({**content, "digest": own_digest(content)}, indent=1))
 
 
-def _own_digest(manifest: dict) -> str:
+def own_digest(manifest: dict) -> str:
+    """Return the digest of a manifest's content, the entry that holds it apart."""
     return digest_of(canonical_json({key: value for key, value in manifest.items() if key != "digest"}))
 
 
@@ -207,18 +208,9 @@ def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
     return manifest
 
 
-def is_of_another_version(folder: Path) -> bool:
-    """Tell whether the manifest of a folder is undamaged, and one that this version cannot read: what lies there is not broken, and not to be touched."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        return isinstance(manifest, dict) and manifest.get("format") != FORMAT and manifest.get("digest") == _own_digest(manifest)
-    except (ValueError, RecursionError):
-        return False
-
-
 def _checked(manifest: dict) -> dict:
     """Return the manifest without its own digest; ValueError when that does not fit, or it does not say what a manifest must."""
-    if manifest.get("digest") != _own_digest(manifest):
+    if manifest.get("digest") != own_digest(manifest):
         raise ValueError("its content does not have its own digest")
     if not isinstance(manifest.get("kind"), str) or not isinstance(manifest.get("files"), dict):
         raise ValueError("it does not name its kind and its files")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kto_ds.artifacts import damaged_files, is_of_another_version, read_manifest, unlisted_files
+from kto_ds.artifacts import FORMAT, MANIFEST, damaged_files, own_digest, read_json, read_manifest, unlisted_files
 from kto_ds.errors import UserError
 from kto_ds.runtime.checkpoint import RNG_FILE
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
@@ -70,7 +70,7 @@ def _verify(folder: Path, world: World) -> tuple[Checkpoint, list[str]]:
     try:
         manifest = on_main_rank(lambda: read_manifest(folder, kind=KIND, remedy=OTHER_VERSION))
     except UserError as error:
-        if on_main_rank(lambda: is_of_another_version(folder)):
+        if on_main_rank(lambda: _is_of_another_version(folder)):
             raise
         return Checkpoint(folder, {}), [error.what]
     if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
@@ -82,6 +82,15 @@ def _verify(folder: Path, world: World) -> tuple[Checkpoint, list[str]]:
     if not problems and (foreign := _gathered(lambda: [line for name in share if name.endswith(".pt") for line in foreign_objects(folder / name)])):
         raise UserError(f"this checkpoint holds more than tensors and plain values: {'; '.join(foreign[:3])}", where=str(folder), remedy=REMEDY)
     return Checkpoint(folder, manifest), problems
+
+
+def _is_of_another_version(folder: Path) -> bool:
+    """Tell whether the manifest of a folder is undamaged, and one that this version cannot read: what lies there is not broken, and not to be touched."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        return isinstance(manifest, dict) and manifest.get("format") != FORMAT and manifest.get("digest") == own_digest(manifest)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _gathered(look: Callable[[], list[str]]) -> list[str]:

@@ -46,7 +46,7 @@ MUTANTS = {
     "a failed save keeps its space": Mutant("runtime/checkpoint.py", "    shutil.rmtree(staging, ignore_errors=True)\n    return KtoError", "    return KtoError", FULL),
     "space is not looked at": Mutant("runtime/checkpoint.py", "if free < needed:", "if False:", FULL_AT_ONCE),
     "files are not digested": Mutant("artifacts.py", 'file_digest(path) != entry["digest"]', "False", FLIPS),
-    "the manifest has no digest": Mutant("artifacts.py", 'if manifest.get("digest") != _own_digest(manifest):', "if False:", FLIPS),
+    "the manifest has no digest": Mutant("artifacts.py", 'if manifest.get("digest") != own_digest(manifest):', "if False:", FLIPS),
     "the newest is not verified": Mutant("runtime/restore.py", 'damaged_files(folder, {"files": share})', "[]", FLIPS),
     "some files are nobody's to verify": Mutant("runtime/restore.py", "index % world.num_ranks == world.rank", "index % 2 == 0", FLIPS),
     "damage is not set aside": Mutant("runtime/restore.py", 'on_main_rank(lambda folder=folder: set_aside(folder, mark=".corrupt"))', "pass", FLIPS),
