@@ -37,4 +37,6 @@ def unbroken(tiny) -> Unbroken:
             time.sleep(0.005)
         first = time.time()
         assert started.wait() == [0, 0], started.output()[-4000:]
-    return Unbroken(run, final_state(run), time.monotonic() - began, (run / "metrics.jsonl").stat().st_mtime - first)
+    state = final_state(run)
+    assert state["checkpoints"] == ["step-00000010", "step-00000012"], "retention keeps two"
+    return Unbroken(run, state, time.monotonic() - began, (run / "metrics.jsonl").stat().st_mtime - first)

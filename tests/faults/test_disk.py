@@ -64,8 +64,10 @@ def _fill(disk: Path, leave: int, folder: Path) -> None:
     fill(disk, leave)
 
 
-def limit_files(rank: int, *, num_bytes: int) -> None:
-    """No file of this process may get larger: a quota, seen from inside."""
+def limit_files(rank: int, *, num_bytes: int, limited: tuple[int, ...]) -> None:
+    """No file of these ranks may get larger: a quota, seen from inside."""
+    if rank not in limited:
+        return
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
@@ -143,13 +145,14 @@ def test_an_artefact_on_a_full_disk(tiny, unbroken, small_disk, tmp_path, name, 
 
 
 @pytest.mark.slow
-def test_a_limit_on_the_size_of_files(tiny, unbroken, tmp_path):
+@pytest.mark.parametrize("limited", [(0, 1), (0,), (1,)], ids=["both ranks", "rank 0", "rank 1"])
+def test_a_limit_on_the_size_of_files(tiny, unbroken, tmp_path, limited):
     """EFBIG, as from a quota, on the first file of the first save that is larger."""
     run = tmp_path / "run"
     command = ["train", *config_of(tiny, output_dir=run)]
     with tally("R9", "RLIMIT_FSIZE below the size of a checkpoint's file; then without it") as counts:
         counts.injected += 1
-        require_refusal(command, tmp_path / "log", num_ranks=2, place=run, before=functools.partial(limit_files, num_bytes=64 << 10))
+        require_refusal(command, tmp_path / "log", num_ranks=2, place=run, before=functools.partial(limit_files, num_bytes=64 << 10, limited=limited))
         assert newest_intact(run) is None and not list(run.rglob(".tmp-step-*"))
         ranks.require_success(command, log=tmp_path / "log")
         assert final_state(run) == unbroken.state
