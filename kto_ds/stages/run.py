@@ -1,7 +1,7 @@
 """A training run: what the loop and all around it use, when it stops, and its evaluation."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
-from kto_ds.report.metrics_file import METRICS_FILE, read_records
+from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.sinks import Sinks
 from kto_ds.runtime.checkpoint import save_checkpoint
 from kto_ds.runtime.collectives import World, on_main_rank
@@ -68,22 +68,24 @@ class Run(NamedTuple):
         return step % self.config.report.logging_steps == 0 or self.is_evaluated_at(step) or self.is_saved_at(step)
 
 
-def evaluate(run: Run, sinks: Sinks, progress: Progress, besides: Collection[str] = ()) -> tuple[Progress, bool]:
-    """Log the metrics of every evaluation split but those of `besides`. All ranks call this.
+def evaluate(run: Run, sinks: Sinks, progress: Progress, known: Mapping[str, Record] | None = None) -> tuple[Progress, bool]:
+    """Log the metrics of every evaluation split but those that are `known` already, by split. All ranks call this.
 
     Return the progress, with a new best if there is one, and whether the evaluation is through: not when the run is to stop before that.
     """
     step = progress.step
     run.watch.enter("evaluation", step)
     for name in evaluation_splits(run.inputs.splits):
-        if name not in besides:
+        metrics = known.get(name) if known else None
+        if metrics is None:
             split, references = run.inputs.splits[name], run.inputs.reference_logps[name]
             try:
                 metrics = evaluate_split(run.engine, split, references, run.inputs.loss, sharding=run.planner.scoring, wants_to_stop=run.wants_to_stop)
             except Cut:
                 return progress, False
             sinks.log({"split": name, "step": step, "epoch": run.inputs.plan.epoch_after(step), **metrics})
-            progress = with_evaluation(progress, run.config.checkpoint, name, metrics)
+        # A known one counts too: the checkpoint may be older than the evaluation that was made up for.
+        progress = with_evaluation(progress, run.config.checkpoint, name, metrics)
     return progress, True
 
 
@@ -99,6 +101,6 @@ def save(run: Run, progress: Progress) -> None:
     run.wall_time.took(save=time.monotonic() - began)
 
 
-def splits_logged_at(run: Run, step: int) -> set[str]:
-    """Return the splits that have a line of metrics of this step."""
-    return on_main_rank(lambda: {record["split"] for record in read_records(run.config.output_dir / METRICS_FILE) if record["step"] == step})
+def logged_at(run: Run, step: int) -> dict[str, Record]:
+    """Return the line of metrics of this step, by split."""
+    return on_main_rank(lambda: {record["split"]: record for record in read_records(run.config.output_dir / METRICS_FILE) if record["step"] == step})

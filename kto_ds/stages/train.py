@@ -36,7 +36,7 @@ from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
 from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
-from kto_ds.stages.run import Inputs, Run, evaluate, save, splits_logged_at
+from kto_ds.stages.run import Inputs, Run, evaluate, logged_at, save
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
@@ -94,7 +94,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     done = progress.step
     status.running(done)
     if done and run.is_evaluated_at(done):
-        progress, is_through = evaluate(run, sinks, progress, besides=splits_logged_at(run, done))
+        progress, is_through = evaluate(run, sinks, progress, known=logged_at(run, done))
         if not is_through:
             return laps, done
 
