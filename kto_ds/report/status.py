@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kto_ds.artifacts import write_atomically
-from kto_ds.errors import EXIT_OK, EXIT_UNEXPECTED, KtoError, Preempted, disk_may_be_full
+from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, disk_may_be_full
 from kto_ds.redaction import redact
 
 LEAST_SECONDS = 5.0  # between two writes of one state: every write waits for the disk
@@ -53,8 +53,9 @@ class RunStatus:
                 yield self
         except BaseException as error:
             exit_code = error.exit_code if isinstance(error, KtoError) else EXIT_UNEXPECTED
+            is_stop = isinstance(error, (Preempted, KeyboardInterrupt))  # the latter of a signal that came before anything listened
             if self._is_main:
-                self.end("preempted" if isinstance(error, Preempted) else "failed", exit_code, f"{type(error).__name__}: {error}")
+                self.end("preempted" if is_stop else "failed", EXIT_PREEMPTED if is_stop else exit_code, f"{type(error).__name__}: {error}")
             raise
         if self._is_main:
             self.end("completed", EXIT_OK, "")

@@ -78,6 +78,7 @@ def _open(order: Order) -> wandb.Run:
             if not order.goes_offline:
                 raise
             _say(f"warning: wandb goes offline, {HOW_TO_UPLOAD}: {_one_line(error)}")
+            wandb.teardown()  # its service may go on trying, and would say that the run is in use
             return _init("offline", order)
     run = _init("offline", order)
     _say(f"wandb: offline, in {Path(run.dir).parent}; {HOW_TO_UPLOAD}")

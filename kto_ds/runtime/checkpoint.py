@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save as to_safetensors
 
-from kto_ds.artifacts import describe_file, fsync_path, seal, write_atomically
+from kto_ds.artifacts import describe_file, fsync_path, read_manifest, seal, write_atomically
 from kto_ds.errors import KtoError, UserError, unwritable
 from kto_ds.runtime.checkpoint_files import in_words
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
@@ -58,6 +58,13 @@ def save_checkpoint(engine: Engine, root: Path, *, step: int, record: dict, save
         _tidy(root, final, save_total_limit, best_step)
 
     on_main_rank(finish)
+
+
+def correct_record(folder: Path, record: dict) -> None:
+    """Replace entries of the record in the manifest of a saved checkpoint; its files stay as they are."""
+    manifest = {key: value for key, value in read_manifest(folder, kind=KIND, remedy="").items() if key != "format"}
+    files = manifest.pop("files")
+    seal(folder, {**manifest, **record}, files)
 
 
 def _make_room(root: Path, staging: Path, engine: Engine) -> None:

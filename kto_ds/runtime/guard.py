@@ -13,6 +13,8 @@ from kto_ds.runtime.signals import listening
 from kto_ds.runtime.watch import Watch
 from kto_ds.staging import writing_to
 
+GO_ON = "start the same command again to go on from there"
+
 
 def stacks_folder(output_dir: Path, command: str) -> Path:
     """Where stacks of a command go; train has the folder itself, as others may run beside it."""
@@ -46,8 +48,8 @@ def reason_to_stop(watch: Watch) -> str | None:
     return next((reason for reason in gather_objects(watch.stop_reason) if reason), None)
 
 
-def preempted(world: World, what: str) -> Preempted:
+def preempted(world: World, what: str, *, remedy: str = GO_ON) -> Preempted:
     """Return the error that ends a run which was asked to stop; all ranks raise it, and rank 0 reports it."""
-    error = Preempted(f"{what}; start the same command again to go on from there")
+    error = Preempted(f"{what}; {remedy}")
     error.is_told = not world.is_main
     return error

@@ -18,6 +18,7 @@ from kto_ds.artifacts import read_json
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 6.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
+CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl")  # of a collective that lost a peer
 ENDED = ("done", "preempted", "failed")
 
 
@@ -124,3 +125,10 @@ def launchers() -> tuple[int, ...]:
             return parent, psutil.Process(parent).ppid()
         return (parent,)
     return (os.getppid(),) if "TORCHELASTIC_RUN_ID" in os.environ else ()
+
+
+def is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed; libraries put other errors around it."""
+    is_one = isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS)
+    inner = error.__cause__ or error.__context__
+    return is_one or inner is not None and is_of_a_lost_peer(inner)

@@ -36,10 +36,11 @@ class Checkpoint(NamedTuple):
         return int(self.manifest["zero"].get("stage", 0))
 
 
-def newest_verified(root: Path, world: World) -> Checkpoint | None:
+def newest_verified(root: Path, world: World, *, sets_aside: bool) -> Checkpoint | None:
     """Return the newest checkpoint whose files all have their sizes and digests, or None in a folder that never had any.
 
-    A damaged one is renamed to `*.corrupt.N` and the one before it is tried. Ranks share the digesting. UserError when all are damaged.
+    Where one is damaged the one before it is tried; `sets_aside`, for who holds the lock of the run, renames it to `*.corrupt.N`. Ranks share the digesting.
+    UserError when all are damaged.
     """
     candidates = on_main_rank(lambda: step_folders(root))
     for _, folder in reversed(candidates):
@@ -47,8 +48,9 @@ def newest_verified(root: Path, world: World) -> Checkpoint | None:
         if not problems:
             return checkpoint
         if world.is_main:
-            print(f"checkpoint {folder.name} is damaged and set aside: {'; '.join(problems)}", flush=True)
-        on_main_rank(lambda folder=folder: set_aside(folder, mark=".corrupt"))
+            print(f"checkpoint {folder.name} is damaged and {'set aside' if sets_aside else 'passed over'}: {'; '.join(problems)}", flush=True)
+        if sets_aside:
+            on_main_rank(lambda folder=folder: set_aside(folder, mark=".corrupt"))
     if candidates or on_main_rank(lambda: list(root.glob("*.corrupt.*"))):
         raise UserError("no checkpoint is intact", where=str(root), remedy="set checkpoint.resume: never to start over, or restore a checkpoint")
     return None

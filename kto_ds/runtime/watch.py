@@ -28,7 +28,6 @@ FOLLOW_SECONDS = 6.0  # in which the speaking rank has spoken
 LOST_SECONDS = 15.0  # in which a peer that a collective lost is found gone or silent
 BACKSTOP_SECONDS = 60.0  # beyond the timeout, when not even this thread can run
 REPEAT_SECONDS = 1.0
-CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl")  # of a collective that lost a peer
 AGAIN = "start the same command again: it goes on from what is saved"
 
 
@@ -114,8 +113,12 @@ class Watch:
 
     def _look_again_and_again(self, stacks: IO[str]) -> None:
         while not self._over:
-            with suppress(OSError):  # of a disk that does not answer for now
+            try:
                 self._look(stacks)
+            except Exception as error:  # such as of a disk that does not answer for now; without another look the backstop would end a healthy run
+                if self._for_seconds(repr(error)) == 0:
+                    with suppress(OSError):
+                        _heading(stacks, f"the watch could not look: {error!r}")
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
 
@@ -193,7 +196,8 @@ class Watch:
 
     def _for_seconds(self, what: str) -> float:
         """Return for how long this has been seen."""
-        return time.monotonic() - self._seen.setdefault(what, time.monotonic())
+        now = time.monotonic()
+        return now - self._seen.setdefault(what, now)
 
     def _beat_of(self, peer: Peer) -> Beat | None:
         beat = peers.read_beat(self._ranks, peer)
@@ -258,7 +262,7 @@ class Watch:
             _heading(stacks, "error")
             stacks.write(redact("".join(traceback.format_exception(error))))
             stacks.flush()
-        if self._others and _is_of_a_lost_peer(error):
+        if self._others and peers.is_of_a_lost_peer(error):
             self._lost = True
             time.sleep(LOST_SECONDS)
         if isinstance(error, Preempted):
@@ -285,13 +289,6 @@ def beat() -> None:
     """Say that the work goes on, from wherever it does."""
     for watch in _current:
         watch.beat()
-
-
-def _is_of_a_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed; libraries put other errors around it."""
-    is_one = isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS)
-    inner = error.__cause__ or error.__context__
-    return is_one or inner is not None and _is_of_a_lost_peer(inner)
 
 
 def _heading(stacks: IO[str], what: str) -> None:

@@ -57,7 +57,7 @@ def _choose(root: Path, name: str, world: World) -> Checkpoint:
     if named:
         step = int(named[1])
     else:
-        newest = newest_verified(root, world)
+        newest = newest_verified(root, world, sets_aside=False)
         if newest is None:
             raise UserError("there is no checkpoint", where=str(root), remedy=TRAIN_FIRST)
         if name == "latest":

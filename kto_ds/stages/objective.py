@@ -79,7 +79,7 @@ def train_step(
         engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
         logps[places] = sequence_logps.detach()
         own_loss += terms.losses.detach().sum()
-    summed = sum_across_ranks(torch.cat([logps, own_loss, own_loss.new_tensor([wants_to_stop()])]))  # [E + 2]: one collective for all
+    summed = sum_across_ranks(torch.cat([logps, own_loss, torch.full_like(own_loss, wants_to_stop())]))  # [E + 2]: one collective for all
     logps = summed[:-2]
 
     # The first time that the host waits for the device in this step.

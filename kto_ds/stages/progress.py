@@ -6,6 +6,8 @@ from kto_ds.config import CheckpointConfig
 
 
 class Best(NamedTuple):
+    metric: str  # as checkpoint.metric_for_best_model
+    is_greatest: bool  # or the smallest
     value: float
     step: int
 
@@ -36,6 +38,9 @@ def with_evaluation(progress: Progress, checkpoint: CheckpointConfig, split: str
     wanted = checkpoint.metric_for_best_model
     if wanted not in [f"{split}/{name}" for name in metrics]:
         return progress
-    value = metrics[wanted.removeprefix(f"{split}/")]
-    is_better = progress.best is None or (value > progress.best.value if checkpoint.best_is_greatest else value < progress.best.value)
-    return progress._replace(best=Best(value, progress.step)) if is_better else progress
+    found = Best(wanted, checkpoint.best_is_greatest, metrics[wanted.removeprefix(f"{split}/")], progress.step)
+    best = progress.best
+    if best is not None and best[:2] == found[:2]:  # else of another metric, before the config was changed
+        if not (found.value > best.value if found.is_greatest else found.value < best.value):
+            return progress
+    return progress._replace(best=found)

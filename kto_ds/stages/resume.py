@@ -81,7 +81,7 @@ def find_checkpoint(config: RunConfig, record: dict, plan: BatchPlan, world: Wor
     on_main_rank(lambda: sweep(root))
     if config.checkpoint.resume == "never":
         return None
-    checkpoint = newest_verified(root, world)
+    checkpoint = newest_verified(root, world, sets_aside=True)
     if checkpoint is None:
         return None
     found = require_same_run(checkpoint, record)

@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kto_ds.artifacts import fsync_path
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.sinks import Sinks
-from kto_ds.runtime.checkpoint import save_checkpoint
+from kto_ds.runtime.checkpoint import correct_record, save_checkpoint
 from kto_ds.runtime.collectives import World, on_main_rank
 from kto_ds.runtime.engine import Engine
+from kto_ds.runtime.retention import folder_name
 from kto_ds.runtime.signals import WallTime
 from kto_ds.runtime.watch import Watch
 from kto_ds.stages.inputs import evaluation_splits
@@ -93,12 +95,23 @@ def save(run: Run, progress: Progress) -> None:
     """Save the run as it is after progress.step. All ranks call this."""
     run.watch.enter("saving", progress.step)
     began = time.monotonic()
+    on_main_rank(lambda: fsync_path(run.config.output_dir / METRICS_FILE))  # no checkpoint is to outlive the record of its steps
     record = {**run.inputs.record, "plan": run.inputs.plan.digest_until(progress.step), "progress": progress.to_json()}
     save_checkpoint(
         run.engine, run.checkpoints, step=progress.step, record=record, save_total_limit=run.config.checkpoint.save_total_limit,
         best_step=progress.best and progress.best.step, world=run.world,
     )  # fmt: skip
     run.wall_time.took(save=time.monotonic() - began)
+
+
+def catch_up_on_evaluation(run: Run, sinks: Sinks, progress: Progress) -> tuple[Progress, bool]:
+    """Make up for what an earlier start left out of the evaluation at the step that the run resumes from. Returns as `evaluate` does."""
+    if not progress.step or not run.is_evaluated_at(progress.step):
+        return progress, True
+    now, is_through = evaluate(run, sinks, progress, known=logged_at(run, progress.step))
+    if now.best != progress.best:  # there may be no save after this one
+        on_main_rank(lambda: correct_record(run.checkpoints / folder_name(progress.step), {"progress": now.to_json()}))
+    return now, is_through
 
 
 def logged_at(run: Run, step: int) -> dict[str, Record]:

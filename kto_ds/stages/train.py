@@ -26,7 +26,7 @@ from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_g
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.engine import Engine
-from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
+from kto_ds.runtime.guard import GO_ON, guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
@@ -36,7 +36,7 @@ from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
 from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
-from kto_ds.stages.run import Inputs, Run, evaluate, logged_at, save
+from kto_ds.stages.run import Inputs, Run, catch_up_on_evaluation, evaluate, save
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 from kto_ds.staging import claim_folder
@@ -73,7 +73,8 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         finally:
             sinks.close()
         if stopped_at is not None:
-            raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved")
+            remedy = GO_ON if config.checkpoint.resume == "auto" else "to go on from there, set checkpoint.resume: auto"
+            raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved", remedy=remedy)
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
         peaks = gather_objects(peak_memory_gib(engine.device))
     if world.is_main:
@@ -93,10 +94,9 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     timer = StepTimer(device_clock(engine.device))
     done = progress.step
     status.running(done)
-    if done and run.is_evaluated_at(done):
-        progress, is_through = evaluate(run, sinks, progress, known=logged_at(run, done))
-        if not is_through:
-            return laps, done
+    progress, is_through = catch_up_on_evaluation(run, sinks, progress)
+    if not is_through:
+        return laps, done
 
     watch.enter("input", done + 1)
     for work in planner.ahead(done):

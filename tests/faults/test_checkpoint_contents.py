@@ -119,7 +119,7 @@ def test_the_best_step_is_saved_kept_and_exported(tiny, tmp_path):
     newest = newest_intact(run)
     assert {path.suffix for path in newest.rglob("*") if path.is_file()} == {".pt", ".json", ".safetensors"}, "no scripts"
     found = json.loads((newest / "manifest.json").read_text())["progress"]
-    assert found["best"] == {"value": best["logps/chosen"], "step": best["step"]} and found["examples"] == 96 and found["step"] == 12
+    assert found["best"] == {"metric": "eval/logps/chosen", "is_greatest": True, "value": best["logps/chosen"], "step": best["step"]} and found["examples"] == 96 and found["step"] == 12
     kept = sorted(step_of(folder) for folder in (run / "checkpoints").glob("step-*"))
     assert kept == sorted({best["step"], 10, 12}), (kept, best)
     assert best["step"] in (3, 9), "a step that no save_steps would have saved, and that is not among the newest"

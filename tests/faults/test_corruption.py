@@ -104,7 +104,7 @@ def require_found(tiny: Path, run: Path, path: Path, capsys) -> None:
     if (newest / "manifest.json").exists():  # verify looks at what is sealed
         assert cli.run(["verify", *config_of(tiny, output_dir=run)]) == 2
         assert str(newest) in capsys.readouterr().err
-    chosen = newest_verified(run / "checkpoints", start(timeout_seconds=60))
+    chosen = newest_verified(run / "checkpoints", start(timeout_seconds=60), sets_aside=True)
     assert chosen is not None and chosen.folder == before
     printed = capsys.readouterr().out
     assert newest.name in printed and (path.name in printed or path.name == "manifest.json"), printed

@@ -481,7 +481,9 @@ def test_the_same_model_named_twice_is_still_held_to_its_own_log_probs(folder, c
 
 
 def things_lost(before: dict[Path, bytes]) -> list[Path]:
-    return [path for path, content in before.items() if not path.is_file() or path.read_bytes() != content]
+    """Return the files that are not as they were; those in `ranks` and `stacks` say of the last start where its ranks are."""
+    kept = {path: content for path, content in before.items() if not {"ranks", "stacks"} & set(path.parts)}
+    return [path for path, content in kept.items() if not path.is_file() or path.read_bytes() != content]
 
 
 @pytest.mark.parametrize(

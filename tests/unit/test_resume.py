@@ -68,15 +68,15 @@ def test_a_plan_that_begins_alike_has_one_digest_up_to_there():
 
 
 def test_progress_is_the_same_after_it_was_json():
-    progress = Progress(step=7, examples=56, skipped=2, skipped_in_a_row=1, recent_losses=(0.1, 1 / 3), best=Best(0.7, 4))
+    progress = Progress(step=7, examples=56, skipped=2, skipped_in_a_row=1, recent_losses=(0.1, 1 / 3), best=Best("eval/rewards/auc", True, 0.7, 4))
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json(json.loads(json.dumps(Progress().to_json()))) == Progress()
 
 
 @pytest.mark.parametrize(("settings", "values", "best"), [
-    ({"metric_for_best_model": "eval/rewards/auc"}, [0.5, 0.7, 0.7, 0.6], Best(0.7, 2)),
-    ({"metric_for_best_model": "eval/loss"}, [0.5, 0.3, 0.3, 0.4], Best(0.3, 2)),
-    ({"metric_for_best_model": "eval/kl", "greater_is_better": False}, [3.0, 2.0, 1.0, 4.0], Best(1.0, 3)),
+    ({"metric_for_best_model": "eval/rewards/auc"}, [0.5, 0.7, 0.7, 0.6], Best("eval/rewards/auc", True, 0.7, 2)),
+    ({"metric_for_best_model": "eval/loss"}, [0.5, 0.3, 0.3, 0.4], Best("eval/loss", False, 0.3, 2)),
+    ({"metric_for_best_model": "eval/kl", "greater_is_better": False}, [3.0, 2.0, 1.0, 4.0], Best("eval/kl", False, 1.0, 3)),
     ({}, [0.5, 0.7], None),
 ])  # fmt: skip
 def test_the_best_is_the_first_of_the_best(settings, values, best):
