@@ -30,6 +30,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy="")))
 
 
+@pytest.mark.slow  # tests/faults has a quicker one
 def test_a_killed_run_ends_like_an_unbroken_one_bit_for_bit(prepared):
     def command(name: str) -> list[str]:
         return [*launcher(2), "--module", "kto_ds", "train", *config_of(prepared, output_dir=prepared / name)]
@@ -128,6 +129,7 @@ def test_nan_in_the_reference_leaves_no_artefact(prepared):
     assert not target.exists()
 
 
+@pytest.mark.slow  # tests/faults has a quicker one
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(prepared):
     run = prepared / "killed"
     _, newest = list_checkpoints(run / "checkpoints")[-1]
@@ -143,6 +145,7 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(prepared):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.slow  # tests/faults has a quicker one
 def test_another_rank_count_is_converted_and_another_config_refused_on_resume(prepared):
     """One rank meets the two-rank checkpoints of test_a_killed_run_..., which has nothing left to do; then another learning rate."""
     command = [*launcher(1), "--module", "kto_ds", "train", *config_of(prepared, output_dir=prepared / "unbroken")]

@@ -17,6 +17,7 @@ def best_of(run) -> dict | None:
     return json.loads((newest_intact(run) / "manifest.json").read_text())["progress"]["best"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_newer_than_the_checkpoint_counts(tiny, tmp_path):
     """Stopped within the evaluation of step 4, so saved without it; started again, which made up for it; killed before the next save."""
     settings = dict(checkpoint__metric_for_best_model="eval/loss", train__max_steps=8)

@@ -36,6 +36,7 @@ def fed_by(tiny: Path, run: Path, num_ranks: int) -> dict[int, list[int]]:
     return fed_by_step(run.parent)
 
 
+@pytest.mark.slow
 def test_every_step_takes_the_same_examples_on_any_ranks_and_after_any_stop(tiny, tmp_path):
     plan, num_examples = plan_of(tiny)
     planned = {step: plan.examples_of(step).tolist() for step in range(1, NUM_STEPS + 1)}

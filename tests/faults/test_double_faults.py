@@ -30,7 +30,6 @@ DOUBLE = {
     "damage, then the load of the one before": (AFTER_RENAME, True, Point("load", LOAD)),
     "damage, then the save in its place": (AFTER_RENAME, True, Point("save", "pathlib.Path.rename", "after", r"\.tmp-step-.* .*/step-", on_rank_0_only=True)),
 }
-QUICK = {("damage, then after it is set aside", 0)}
 
 
 def damage(folder: Path) -> None:
@@ -40,7 +39,7 @@ def damage(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "victim"),
-    [pytest.param(name, victim, id=f"{name}, rank {victim}", marks=[] if (name, victim) in QUICK else pytest.mark.slow) for name in DOUBLE for victim in (0, 1)],
+    [pytest.param(name, victim, id=f"{name}, rank {victim}", marks=pytest.mark.slow) for name in DOUBLE for victim in (0, 1)],
 )
 def test_a_kill_during_the_recovery(tiny, unbroken, tmp_path, name, victim):
     first, is_damaged, second = DOUBLE[name]

@@ -55,7 +55,7 @@ def test_a_stopped_rank_is_named_by_the_other_and_ended(tiny, tmp_path, victim):
 HANGS = [(LOADER_6, 1), (LOADER_6, 0), (STEP_6, 1), (MAIN_RANK_SAVES, 0), (SET_UP, 1)]
 
 
-@pytest.mark.parametrize("point, victim", [pytest.param(*case, marks=[] if case == (LOADER_6, 1) else pytest.mark.slow, id=f"{case[0].phase}-{case[1]}") for case in HANGS])
+@pytest.mark.parametrize("point, victim", [pytest.param(*case, marks=pytest.mark.slow, id=f"{case[0].phase}-{case[1]}") for case in HANGS])
 def test_a_sleeping_rank_leaves_the_stacks_of_all(tiny, tmp_path, point, victim):
     exit_codes, output, seconds = train_with(tiny, tmp_path, point=point, victim=victim, action=functools.partial(time.sleep, 300))
     assert exit_codes == [1, 1] and seconds < 2 * TIMEOUT + 20, output[-4000:]

@@ -37,6 +37,7 @@ def test_a_second_start_is_refused_and_named_the_owner(tiny, tmp_path):
     record("R24", "two starts in one folder; the owner killed, a third start", injected=2, survived=2, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_a_second_precompute_ref_does_not_disturb_the_first(tiny, tmp_path):
     began = time.monotonic()
     command = ["precompute-ref", *config_of(tiny, output_dir=tmp_path / "run", reference__artifact=tmp_path / "reference")]

@@ -186,6 +186,7 @@ def require_stop(done: Done, *, at: int, what: str) -> None:
     assert (status["state"], status["exit_code"]) == ("failed", 3) and f"step {at}: " in status["reason"]
 
 
+@pytest.mark.slow
 def test_too_many_skips_in_a_row_stop_the_run(tiny, tmp_path):
     faults = {2: ROW, 4: ROW, 5: LOSS, 6: ROW}
     done = train_with(tiny, tmp_path / "run", faults, train__on_nonfinite="skip", train__max_skipped_steps=2)

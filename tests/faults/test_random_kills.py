@@ -41,7 +41,7 @@ def written_at(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-@pytest.mark.parametrize("num_kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_train(tiny, unbroken, tmp_path, capsys, num_kills):
     """Three of ten moments are spread evenly over the whole time of an unbroken run, seven over that of its steps. A run that is done is compared, and the next one begins."""
     chance = random.Random(f"{SEED} train {num_kills}")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import stat
 import sys
@@ -121,9 +120,11 @@ def kill_wandb(rank: int, *, program: str, note: Path) -> None:
             while not list(note.parent.glob("run/wandb/*/*.wandb")):
                 assert time.monotonic() < deadline, "wandb has not begun"
                 time.sleep(0.05)
-            [victim] = [process for process in psutil.Process().children(recursive=True) if program in " ".join(process.cmdline())]
-            os.kill(victim.pid, signal.SIGKILL)
-            note.write_text(str(victim.pid))
+            # A process that it is just starting has its command line for a moment.
+            victims = [process for process in psutil.Process().children(recursive=True) if program in " ".join(process.cmdline())]
+            for victim in victims:
+                victim.kill()
+            note.write_text(str(victims[0].pid))
         return whole_step(engine, work, *arguments, **named_arguments)
 
     train.train_step = killing_step
