@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 
 class CheckpointFiles(TorchCheckpointEngine):
@@ -28,13 +29,22 @@ class CheckpointFiles(TorchCheckpointEngine):
         if self.problem:
             return
         try:
-            super().save(state_dict, path)
+            super().save(_plain(state_dict), path)
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:
             self._remember(path, error)
 
     def _remember(self, path: str, error: Exception) -> None:
         self.problem = self.problem or f"{path}: {in_words(error)}"
+
+
+def _plain(tree: object) -> object:
+    """Return nested dicts and lists with ZeRO's stage as the number it is: Python before 3.11.4 pickles it as a call, which no safe reader makes."""
+    if type(tree) is dict:
+        return {key: _plain(value) for key, value in tree.items()}
+    if type(tree) is list:
+        return [_plain(value) for value in tree]
+    return int(tree) if isinstance(tree, ZeroStageEnum) else tree
 
 
 def in_words(error: Exception) -> str:
