@@ -69,6 +69,12 @@ def disk_may_be_full(folder: Path) -> Iterator[None]:
         raise unwritable(error, folder) from error
 
 
+def untrusted_code(what: str, path: str, *, where: str) -> UserError:
+    """Return the refusal of a model or tokenizer (`what`) that would run Python code of its own."""
+    remedy = "read the code; if you trust it, set model.trust_remote_code: true, and for a hub model its commit as model.revision"
+    return UserError(f"the {what} {excerpt(path)} brings Python code of its own, which is not run", where=where, remedy=remedy)
+
+
 def excerpt(value: object, limit: int = 120) -> str:
     """Return `value` as one escaped, bounded line: data must not be able to write control codes to a terminal."""
     text = ascii(value)

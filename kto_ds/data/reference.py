@@ -5,7 +5,6 @@ name ends with the digest of its bytes, so whoever meets it in an unfinished fol
 digest of the plan it is a part of, since a rank that outlived its run may still write there.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from kto_ds.artifacts import canonical_json, digest_of, file_digest, fsync_path
+from kto_ds.artifacts import canonical_json, digest_of, file_digest, write_atomically
 from kto_ds.data.keys import distinct
 from kto_ds.errors import UserError
 
@@ -84,15 +83,7 @@ def write_shard(folder: Path, plan: str, number: int, rows: ReferenceRows) -> Pa
     content = save({name: np.ascontiguousarray(value) for name, value in rows._asdict().items() if value is not None})
     prefix = f"kept-{number:06d}" if plan == KEPT else f"scored-{number:06d}.{plan}"
     path = folder / f"{prefix}.{xxhash.xxh3_128(content).hexdigest()}.safetensors"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(content)
-        fsync_path(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(folder)
+    write_atomically(path, content)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError, excerpt, untrusted_code
 from kto_ds.rows.records import Messages, Record
 
 # A chat template is a program from elsewhere; these bounds are far beyond what an honest one needs for one row.
@@ -46,8 +46,7 @@ def load_tokenizer(path: str, *, revision: str | None, trust_remote_code: bool) 
     except Exception as error:
         # Damaged tokenizer files surface as KeyError, AttributeError or a bare Exception, not only as OSError and ValueError.
         if "trust_remote_code" in str(error):
-            remedy = "read the code; if you trust it, set model.trust_remote_code: true, and for a hub model its commit as model.revision"
-            raise UserError(f"the tokenizer {excerpt(path)} brings Python code of its own, which is not run", where="model.path", remedy=remedy) from error
+            raise untrusted_code("tokenizer", path, where="model.path") from error
         found = f"{type(error).__name__}: {excerpt(str(error), limit=400)}"
         raise UserError(f"cannot load the tokenizer {excerpt(path)}: {found}", where="model.path", remedy=remedy) from error
     if tokenizer.eos_token_id is None:

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kto_ds.artifacts import digest_of, folder_digest
 from kto_ds.config import ModelConfig
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError, excerpt, untrusted_code
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Layer kinds that packed attention serves; every other kind keeps a state that would run across sequences.
@@ -21,7 +21,6 @@ LOGIT_CHANGES = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap", "output_logit_soft_cap",
     "logits_mup_width_multiplier", "unpadded_vocab_size",
 )  # fmt: skip
-TO_TRUST = "read the code; if you trust it, set model.trust_remote_code: true, and for a hub model its commit as model.revision"
 # Kinds of rotary embedding that change all positions of a micro-batch once its longest sequence is beyond the original length.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weight file, for sampled_digest
@@ -35,7 +34,7 @@ def read_model_config(model: ModelConfig, *, where: str = "model.path") -> Pretr
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, HFValidationError) as error:
         if "trust_remote_code" in str(error):
-            raise UserError(f"the model {excerpt(model.path)} brings Python code of its own, which is not run", where=where, remedy=TO_TRUST) from error
+            raise untrusted_code("model", model.path, where=where) from error
         remedy = "give a folder with config.json, or a hub name" + ("" if Path(model.path).exists() else "; there is no such folder here, so it was looked for on the hub")
         raise UserError(f"no usable model config at {excerpt(model.path)}: {excerpt(str(error).splitlines()[0])}", where=where, remedy=remedy) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:

@@ -8,6 +8,7 @@
 import json
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,12 @@ def read_beat(folder: Path, peer: Peer) -> Beat | None:
     with suppress(ValueError, TypeError):
         return Beat(**read_json(folder / f"rank{peer.rank}.json"))
     return None
+
+
+def with_end(folder: Path, others: Sequence[Peer], *, token: str) -> list[Peer]:
+    """Return those of the ranks that have a file of their end: one look at the folder, however many ranks there are."""
+    names = {path.name for path in folder.glob(f"rank*.{token}.end")}
+    return [peer for peer in others if f"rank{peer.rank}.{token}.end" in names] if names else []
 
 
 def read_end(folder: Path, peer: Peer, *, token: str) -> End | None:

@@ -149,7 +149,7 @@ class Watch:
 
     def _look_for_ends(self) -> None:
         """End as a peer did that failed alone."""
-        for peer in self._others:
+        for peer in peers.with_end(self._ranks, self._others, token=self._token):
             end = self._end_of(peer)
             if end is not None and self._for_seconds(f"end {peer.rank}") >= (SETTLE_SECONDS if self._speaker() == self._own.rank else FOLLOW_SECONDS):
                 self._end(end._replace(message=f"[rank {peer.rank}] {end.message}"), speaks=peer.rank != 0 and self._speaker() == self._own.rank)
@@ -159,8 +159,10 @@ class Watch:
         dead = [peer for peer in self._local if peers.is_gone(peer) and self._phase_of(peer) not in ENDED]
         if self._lost:
             dead += [peer for peer in self._others if peer.machine != self._own.machine and self._is_silent(peer) and self._phase_of(peer) not in ENDED]
+        if not dead:
+            return
         speaks = self._speaker() == self._own.rank
-        if dead and (speaks or self._for_seconds("dead") >= FOLLOW_SECONDS):
+        if speaks or self._for_seconds("dead") >= FOLLOW_SECONDS:
             _heading(stacks, "a peer is gone")
             faulthandler.dump_traceback(stacks)
             remedy = f"if the system killed it for lack of memory, its log says so (dmesg); {AGAIN}"
