@@ -11,9 +11,10 @@ if [ -z "${KTO_FAULT_LEDGER:-}" ]; then
     KTO_FAULT_LEDGER=$(mktemp --tmpdir kto-faults.XXXXXX)
 fi
 export KTO_FAULT_LEDGER
-echo "fault tests: python -m pytest tests/faults tests/unit/test_faults.py $*; ledger: $KTO_FAULT_LEDGER"
+tests=(tests/faults tests/unit/test_faults.py tests/unit/test_bad_inputs.py tests/unit/test_fuzz.py)
+echo "fault tests: python -m pytest ${tests[*]} $*; ledger: $KTO_FAULT_LEDGER"
 failed=0
-python -m pytest tests/faults tests/unit/test_faults.py "$@" || failed=$?
+python -m pytest "${tests[@]}" "$@" || failed=$?
 touch "$KTO_FAULT_LEDGER"
 python -m tests.faults.table "$KTO_FAULT_LEDGER" docs/reliability.md
 exit "$failed"

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from kto_ds import cli
 from kto_ds.data.dataset import TokenizedSplit
 from tests.distributed.runs import number_tokenizer, write_config
+from tests.faults.ledger import tally
 
 VOCAB_SIZE = 40
 TEMPLATE = (
@@ -285,16 +286,19 @@ def prepare(case: Case, folder: Path, models: Path) -> int:
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_bad_input_is_refused_with_one_message(case, tmp_path, models, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exit_code = prepare(case, tmp_path, models)
-    printed = capsys.readouterr()
-    assert exit_code == 2, printed.err
-    assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.out + printed.err
-    message = printed.err[printed.err.index("kto-ds: error:") :]
-    for text in case.saying:
-        assert text in message, message
-    assert message.count("  remedy: ") == 1, message
-    assert "\x1b" not in message and len(message) < 2000
-    assert not (tmp_path / "run" / "dataset").exists()
+    with tally("R19", "`prepare` with a bad row, file or key: exit code 2, one message with its place and a remedy") as counts:
+        counts.injected += 1
+        exit_code = prepare(case, tmp_path, models)
+        printed = capsys.readouterr()
+        assert exit_code == 2, printed.err
+        assert printed.err.count("kto-ds: error:") == 1 and "Traceback" not in printed.out + printed.err
+        message = printed.err[printed.err.index("kto-ds: error:") :]
+        for text in case.saying:
+            assert text in message, message
+        assert message.count("  remedy: ") == 1, message
+        assert "\x1b" not in message and len(message) < 2000
+        assert not (tmp_path / "run" / "dataset").exists()
+        counts.survived += 1
 
 
 def test_there_are_enough_of_them():

@@ -1,4 +1,4 @@
-"""The run that faults are put into, and how it ends without any. A fault in it must not show in the end."""
+"""The tiny run that several tests start from or put faults into, and how it ends without any: a fault in it must not show in the end."""
 
 import time
 from pathlib import Path
