@@ -167,7 +167,7 @@ def measure(num_layers: int) -> list[tuple[Variant, Found]]:
 
 
 def measure_on_this_rank(num_layers: int, results: Path) -> None:
-    world = collectives.start()
+    world = collectives.start(timeout_seconds=600)
     torch.set_num_threads(1)
     meter = Meter()
     meter.install()
