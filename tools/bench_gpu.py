@@ -46,8 +46,11 @@ def main() -> None:
     train.add_argument("--trl", action="store_true", help="measure TRL besides, with a precomputed reference and with one in memory")
     train.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[8, 32], help="TRL's per_device_train_batch_size, each by itself")
     train.set_defaults(bench=bench_train, marker="train")
+    train.add_argument("--gradient_checkpointing_every", type=int, default=1, help="as model.gradient_checkpointing_every, of kto_ds")
+    train.add_argument("--gradient_checkpointing_offload", action="store_true", help="as model.gradient_checkpointing_offload, of kto_ds")
     for command in (precompute, train):
         command.add_argument("--attention", default="auto", choices=["auto", *KERNELS], help="as model.attention")
+        command.add_argument("--kernels", default="auto", choices=["auto", "liger", "torch"], help="as model.kernels")
         command.add_argument("--layout", default="prefix_shared", choices=get_args(Layout), help="as model.layout")
         command.add_argument("--smoke", action="store_true", help="a tiny float32 model on the CPU, to see that all of this runs")
         command.add_argument("--write", action="store_true", help="write the table to docs/benchmarks/h200.md")

@@ -68,14 +68,14 @@ def bench_head(sample: Sample, chunk_mib: list[int], repeats: int) -> str:
     oracle = run_both(naive if sample.hidden.device.type == "cpu" else ours(DEVICE_CHUNK_BYTES), sample, torch.float32)
     heads = {f"ours, {mib} MiB{' (default)' if mib * MIB == DEVICE_CHUNK_BYTES else ''}": ours(mib * MIB) for mib in chunk_mib}
     if find_spec("liger_kernel"):
-        heads["Liger"] = liger
+        heads |= {"Liger": liger, "Liger, in torch": liger_in_torch}
     heads["all logits"] = naive
     found = {}
     for name, head in heads.items():
         try:
             found[name] = measure(head, sample, oracle, repeats)
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
+        except (torch.OutOfMemoryError, ImportError) as error:
+            print(f"{name}: left out: {str(error).splitlines()[0]}", flush=True)
     return describe(found, sample, repeats)
 
 
@@ -87,6 +87,13 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+
+
+def liger_in_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same where Liger has no kernel for the device: on a Hopper GPU its kernel wants a package besides, nvidia-cutlass-dsl."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction
+
+    return -_FusedLinearPPOFallbackFunction.apply(hidden, weight, targets, 1.0, -100, False)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kto_ds import cli
 from tests.distributed.runs import conversation, number_tokenizer, write_config, write_rows, write_zero
 
-TIMINGS = {"tokens_per_second", "seconds", "seconds/kl", "seconds/policy", "seconds/update", "seconds/host", "tflops", "peak_memory_gib"}
+TIMINGS = {"tokens_per_second", "seconds", "seconds/kl", "seconds/policy", "seconds/update", "seconds/host", "tflops", "mfu", "hfu", "peak_memory_gib"}
 RARE_TOKEN = 60  # stands in one row only
 NUM_STEPS, SAVE_STEPS = 12, 2
 

@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SMALL = {"vocab_size": 1009, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 CONFIGS = [config(**{key: value for key, value in SMALL.items() if key != "head_dim" or config is not Qwen2Config}) for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the norm
+# Of the norm. In bfloat16 two of transformers' own ways of attention differ by 3.3e-2 in the worst gradient of these models, that of a norm of Qwen3's keys.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
 def logps_and_gradients(lm, ids):

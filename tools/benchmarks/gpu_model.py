@@ -17,6 +17,7 @@ from kto_ds.data.reference_work import plan_shards, wanted_pairs
 from kto_ds.data.segments import Limits, Row, make_segment, save_segment
 from kto_ds.data.tokenization import RowTokens
 from kto_ds.model.attention import register_attention
+from kto_ds.model.kernels import use_liger
 from kto_ds.model.policy import Policy
 from kto_ds.model.scoring import Serving, score
 from kto_ds.model.support import DTYPES
@@ -47,7 +48,7 @@ class Run(NamedTuple):
 
     name: str
     config: Qwen3Config
-    model: ModelConfig  # its dtype, attention and layout; there is no folder
+    model: ModelConfig  # its dtype, attention, kernels, layout and checkpointing; there is no folder
     device: torch.device
     max_tokens: int
 
@@ -80,7 +81,10 @@ def make_lm(config: Qwen3Config, dtype: torch.dtype, device: torch.device, *, at
 def make_policy(run: Run, serving: Serving) -> Policy:
     """Return the model as load_policy and load_scorer do, but for the reading."""
     attention = register_attention(serving.backend) if serving.layout != "padded" else "sdpa"
-    return Policy(make_lm(run.config, DTYPES[run.model.dtype], run.device, attention=attention)).eval()
+    lm = make_lm(run.config, DTYPES[run.model.dtype], run.device, attention=attention)
+    if serving.kernels == "liger":
+        use_liger(lm)
+    return Policy(lm).eval()
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def bench_precompute(options: argparse.Namespace, smoke: bool) -> str:
     device = torch.device("cpu") if smoke else torch.device("cuda", 0)
     num_prompts, max_tokens = (64, 4096) if smoke else (options.num_prompts, options.max_tokens_per_microbatch)
-    model = ModelConfig(path="random", dtype="float32" if smoke else "bfloat16", attention=options.attention, layout=options.layout)
+    model = ModelConfig(path="random", dtype="float32" if smoke else "bfloat16", attention=options.attention, kernels=options.kernels, layout=options.layout)
     shapes = {"tiny": TINY} if smoke else {name: SHAPES[name] for name in options.shape}
     with tempfile.TemporaryDirectory() as folder:
         difference = check_making(device, make_split(Path(folder) / "check", 8, TINY["vocab_size"]))
@@ -101,7 +101,7 @@ def describe(found: list[Found], split: TokenizedSplit) -> str:
         "memory at its peak": lambda name, one: "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.1f} GiB",
         "of this weights": lambda name, one: f"{one.weight_bytes / GIB:.1f} GiB",
         "the rest, as `reference.placement` estimates it": lambda name, one: f"{working_bytes(one.run.config, one.run.max_tokens, one.run.model.dtype) / GIB:.1f} GiB",
-        "layout, attention": lambda name, one: f"{one.serving.layout}, {one.serving.backend}",
+        "layout, attention, kernels": lambda name, one: one.serving.way,
         "micro-batches, seconds": lambda name, one: f"{len(one.tasks):,}, {one.seconds:.1f}",
     }
     return f"""{command_line()}

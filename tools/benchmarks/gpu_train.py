@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config
 
-from benchmarks.gpu_model import QWEN3, SEED, SHAPES, TINY, check_making, device_name, make_lm, make_split, notice
+from benchmarks.gpu_model import QWEN3, SEED, SHAPES, TINY, Run, check_making, device_name, make_lm, make_policy, make_split, notice
 from benchmarks.own_train import STATE_BYTES
 from benchmarks.page import command_line, table, versions
 from benchmarks.process import ENVIRONMENT, in_fresh_process
@@ -21,12 +21,10 @@ from kto_ds.config import LossConfig, ModelConfig, OptimConfig
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.sharding import Sharding
-from kto_ds.model.attention import register_attention
+from kto_ds.model.checkpointing import checkpoint_layers, checkpointed_share, in_words
 from kto_ds.model.flops import model_shape, peak_flops
 from kto_ds.model.placement import GIB
-from kto_ds.model.policy import Policy
 from kto_ds.model.scoring import choose_serving
-from kto_ds.model.support import DTYPES
 from kto_ds.report.throughput import PHASES, StepTimer, device_clock, speed_metrics
 from kto_ds.runtime import collectives
 from kto_ds.runtime.deepspeed_config import complete_deepspeed_config, read_deepspeed_config
@@ -35,6 +33,7 @@ from kto_ds.stages.objective import logps_of, train_step
 from kto_ds.stages.step_work import StepPlanner
 
 WARM_UP = 1  # steps
+TIMEOUT_SECONDS = 600
 
 
 class Setting(NamedTuple):
@@ -62,7 +61,12 @@ class Setting(NamedTuple):
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(path="random", dtype="float32" if self.smoke else "bfloat16", attention=self.options.attention, layout=self.options.layout)
+        options, dtype = self.options, "float32" if self.smoke else "bfloat16"
+        every, offload = options.gradient_checkpointing_every, options.gradient_checkpointing_offload
+        return ModelConfig(
+            path="random", dtype=dtype, attention=options.attention, kernels=options.kernels, layout=options.layout,
+            gradient_checkpointing_every=every, gradient_checkpointing_offload=offload,
+        )  # fmt: skip
 
 
 class Stepped(NamedTuple):
@@ -73,6 +77,7 @@ class Stepped(NamedTuple):
     num_weights: int
     peak_bytes: int | None  # None where the device does not count
     speed: dict[str, float]  # of kto_ds, as in metrics.jsonl
+    way: str  # of kto_ds: layout, attention, kernels, checkpoints
 
 
 def bench_train(options: argparse.Namespace, smoke: bool) -> str:
@@ -91,9 +96,15 @@ def bench_train(options: argparse.Namespace, smoke: bool) -> str:
     print(f"a model made here and one that transformers makes, equal weights: their log-probs differ by at most {difference:.1e} of a token's", flush=True)
     found: list[tuple[Setting, Stepped]] = []
     for setting in settings:
-        stepped = in_fresh_process(step_ours if setting.trl_batch_size is None else step_trl, setting)
+        try:
+            stepped = in_fresh_process(step_ours if setting.trl_batch_size is None else step_trl, setting)
+        except torch.OutOfMemoryError as error:
+            print(f"{setting.shape}, {setting.side}: out of memory, hence no column: {str(error).splitlines()[0]}", flush=True)
+            continue
         found.append((setting, stepped))
-        print(f"{setting.shape}, {setting.side}: {stepped.tokens / stepped.seconds:,.0f} tokens/s", flush=True)  # the next one may not fit
+        print(f"{setting.shape}, {setting.side}: {stepped.tokens / stepped.seconds:,.0f} tokens/s {stepped.speed}", flush=True)
+    if not found:
+        raise SystemExit("nothing has fitted")
     return describe(found)
 
 
@@ -108,19 +119,17 @@ def make_steps(setting: Setting) -> tuple[TokenizedSplit, BatchPlan]:
 
 def step_ours(setting: Setting) -> Stepped:
     """Take the steps as `kto-ds train` does, with its defaults: ZeRO-3, AdamW, activation checkpointing."""
-    world, (split, plan) = collectives.start(), make_steps(setting)
+    world, (split, plan) = collectives.start(timeout_seconds=TIMEOUT_SECONDS), make_steps(setting)
     device, config, options = world.device, setting.config, setting.options
     serving = choose_serving(setting.model, config, device)
-    attention = register_attention(serving.backend) if serving.layout != "padded" else "sdpa"
-    lm = make_lm(config, DTYPES[setting.model.dtype], device, attention=attention)
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(lm).train()
+    policy = make_policy(Run(setting.shape, config, setting.model, device, options.max_tokens_per_microbatch), serving).train()
+    checkpoint_layers(policy.lm, every=setting.model.gradient_checkpointing_every, offload=setting.model.gradient_checkpointing_offload)
     num_weights, shape = sum(parameter.numel() for parameter in policy.parameters()), model_shape(policy, config)
     deepspeed_config = complete_deepspeed_config(read_deepspeed_config("zero3"), optim=OptimConfig(), dtype=setting.model.dtype, on_cuda=device.type == "cuda")
     engine = Engine(policy, deepspeed_config, OptimConfig(), plan.num_steps)
     training = Sharding(serving.layout, options.max_tokens_per_microbatch, world.rank, world.num_ranks, device)
     scoring = training._replace(max_tokens=2 * options.max_tokens_per_microbatch)
-    planner = StepPlanner(split, plan, SEED, kl_fraction=1.0, training=training, scoring=scoring, shape=shape, gradient_checkpointing=True)
+    planner = StepPlanner(split, plan, SEED, kl_fraction=1.0, training=training, scoring=scoring, shape=shape, recomputed_layers=checkpointed_share(setting.model))
     engine.warm_up(planner.training.batch([], split).to(device))
     references = own_logps(engine, planner)
     timer = StepTimer(device_clock(device))
@@ -131,7 +140,8 @@ def step_ours(setting: Setting) -> Stepped:
             timer.lap()
             forget_peak(device)
     lap, peak = timer.lap(), peak_flops(device, setting.model.dtype)
-    stepped = Stepped(lap.work.tokens, lap.seconds, num_weights, peak_bytes(device), speed_metrics(lap, num_steps=options.steps, num_ranks=1, peak_flops=peak))
+    speed = speed_metrics(lap, num_steps=options.steps, num_ranks=1, peak_flops=peak)
+    stepped = Stepped(lap.work.tokens, lap.seconds, num_weights, peak_bytes(device), speed, f"{serving.way}; {in_words(setting.model)}")
     collectives.stop()
     return stepped
 
@@ -184,7 +194,7 @@ def step_trl(setting: Setting) -> Stepped:
     num_weights = sum(parameter.numel() for parameter in lm.parameters())
     FromIds(model=lm, ref_model=reference, args=config, train_dataset=dataset, processing_class=train_tokenizer(["a"], 300)).train()
     tokens = sum(len(prompt) + len(completion) for prompt, completion, _ in rows[WARM_UP * options.global_batch_size :])
-    return Stepped(tokens, marks[-1] - marks[WARM_UP - 1], num_weights, peak_bytes(device), {})
+    return Stepped(tokens, marks[-1] - marks[WARM_UP - 1], num_weights, peak_bytes(device), {}, "")
 
 
 def forget_peak(device: torch.device) -> None:
@@ -207,11 +217,11 @@ def describe(found: list[tuple[Setting, Stepped]]) -> str:
         return lambda setting, one: f"{one.speed[name]:.1%}" if name in one.speed else ""
 
     def faster(setting: Setting, one: Stepped) -> str:
-        mine = ours[setting.shape]
+        mine = ours.get(setting.shape, one)
         return "" if one is mine else f"**{mine.tokens / mine.seconds / (one.tokens / one.seconds):.2f}x**"
 
     def takes(setting: Setting, one: Stepped) -> str:
-        mine = ours[setting.shape]
+        mine = ours.get(setting.shape, one)
         return "" if one is mine or one.peak_bytes is None else f"**{above_states(mine) / above_states(one):.2f}x**"
 
     rows = {
@@ -224,6 +234,7 @@ def describe(found: list[tuple[Setting, Stepped]]) -> str:
         "memory at its peak": lambda setting, one: "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.1f} GiB",
         f"of this above {STATE_BYTES} bytes a weight": lambda setting, one: "" if one.peak_bytes is None else f"{above_states(one) / GIB:.1f} GiB",
         "of TRL's kto_ds takes": takes,
+        "layout, attention, kernels; checkpoints": lambda setting, one: one.way,
         "steps, seconds": lambda setting, one: f"{setting.options.steps}, {one.seconds:.1f}",
     }
     libraries = ["torch", "transformers", "deepspeed", *(["trl"] if first.options.trl else [])]
