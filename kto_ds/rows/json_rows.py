@@ -14,9 +14,10 @@ from kto_ds.rows.blocks import MAX_ROW_BYTES, MAX_TEXT, SHORTEN, TOO_LONG, in_bl
 CHUNK = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SPACE = re.compile(rb"[ \t\r\n]*+")
-# Everything up to the next bracket outside of a string, in text whose escapes are masked. Where a string is not closed, up to its quote.
-UP_TO_BRACKET = re.compile(rb'[^"\[\]{}]*+(?:"[^"]*+"[^"\[\]{}]*+)*+')
-SCALAR = re.compile(rb'"[^"]*+"[^,\]]*+|[^,\[\]{}]*+')
+# Everything up to the next bracket outside of a string, in text whose escapes are masked. A string that is not closed is taken up to the end:
+# so the group cannot fail behind a quote, which Python before 3.11.5 would keep as matched (python/cpython#106052).
+UP_TO_BRACKET = re.compile(rb'[^"\[\]{}]*+(?:"[^"]*+"?+[^"\[\]{}]*+)*+')
+SCALAR = re.compile(rb'"[^"]*+"?+[^,\]]*+|[^,\[\]{}]*+')
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 NOT_JSON = "write one object a line, or one array of objects"
 
@@ -148,7 +149,7 @@ class _Window:
         while True:
             end = UP_TO_BRACKET.match(self.masked, self.at + size).end()
             mark = self.masked[end : end + 1]
-            if mark in (b"", b'"'):
+            if not mark:
                 if not self.more():
                     raise self.not_json("the file ends within this row")
                 continue

@@ -188,6 +188,14 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(at_most):
         assert {block.place for block in blocks} == ({place} if place else set())
 
 
+@pytest.mark.parametrize("at_most", [3, 4, 5, 7, 64])
+@pytest.mark.parametrize("element", ['"a, {}, b"', '"a] b"', '"a {[ b"', '"a \\", b"', "-1.5e3", "null", '{"a": "b"}', '["a", 1]'])
+def test_what_is_no_row_may_be_cut_anywhere_too(at_most, element):
+    content = f'["a", {element}, {{"c": "d"}}]'.encode()
+    blocks = list(read_json_blocks(lambda: Dribble(content, at_most), "a"))
+    assert [part for block in blocks for part in block.raw] == [(1, b'"a"'), (2, element.encode()), (3, b'{"c": "d"}')]
+
+
 def test_escaped_characters_beyond_16_bits_are_read(tmp_path):
     path = write(tmp_path, "rows.jsonl", json.dumps({"a": "\U0001f600\\ud83d"}))
     assert read(path) == [(f"{path}:1", {"a": "\U0001f600\\ud83d"})]
