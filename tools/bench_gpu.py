@@ -46,7 +46,7 @@ def main() -> None:
     train.add_argument("--trl", action="store_true", help="measure TRL besides, with a precomputed reference and with one in memory")
     train.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[8, 32], help="TRL's per_device_train_batch_size, each by itself")
     train.set_defaults(bench=bench_train, marker="train")
-    train.add_argument("--gradient_checkpointing_every", type=int, default=1, help="as model.gradient_checkpointing_every, of kto_ds")
+    train.add_argument("--gradient_checkpointing_every", type=int, nargs="+", default=[1], help="as model.gradient_checkpointing_every, of kto_ds, a column each")
     train.add_argument("--gradient_checkpointing_offload", action="store_true", help="as model.gradient_checkpointing_offload, of kto_ds")
     for command in (precompute, train):
         command.add_argument("--attention", default="auto", choices=["auto", *KERNELS], help="as model.attention")

@@ -54,7 +54,8 @@ def test_inputs_that_wait_in_host_memory_come_back_unchanged(every):
         expected, found = logps_and_gradients(plain, ids), logps_and_gradients(offloaded, ids)
         assert torch.equal(found["logps"], expected["logps"])
         for name, value in expected.items():
-            assert (found[name].float() - value.float()).norm() <= 1e-3 * value.float().norm(), name
+            # On CUDA some gradients are added up in an order that changes from run to run, each time rounded to bfloat16.
+            assert (found[name].float() - value.float()).norm() <= 2**-8 * value.float().norm(), name
 
 
 def test_inputs_that_wait_in_host_memory_take_none_of_the_device():
