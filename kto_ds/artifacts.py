@@ -17,7 +17,7 @@ from typing import Literal
 
 import xxhash
 
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import UserError, excerpt, reading
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # of all artefacts; raised when a reader of today could not read them
@@ -63,13 +63,14 @@ def canonical_json(value: object) -> str:
 def read_json(path: Path) -> object:
     """Return the JSON value of a small file of ours; ValueError says what is wrong with it. What lies in its place cannot make the reader wait."""
     try:
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a plain file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {status.st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
-        with open(path, "rb") as file:
-            return json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"), object_pairs_hook=_each_key_once)
+        with reading(path):
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a plain file")
+            if status.st_size > MAX_JSON_BYTES:
+                raise ValueError(f"it has {status.st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+            with open(path, "rb") as file:
+                return json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"), object_pairs_hook=_each_key_once)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except OSError as error:
@@ -176,10 +177,13 @@ def recover(final: Path) -> None:
 
 def state_of(folder: Path) -> Literal["sealed", "unfinished", "missing"]:
     """Tell how far the artefact of this name is; what lies in the place of a manifest counts as one until it is read."""
-    recover(folder)
-    if os.path.lexists(folder / MANIFEST):
-        return "sealed"
-    return "unfinished" if incomplete_path(folder).exists() else "missing"
+    with reading(folder):
+        recover(folder)
+    for state, path in (("sealed", folder / MANIFEST), ("unfinished", incomplete_path(folder))):
+        with contextlib.suppress(OSError), reading(path):  # os.path.lexists takes what must not be looked at for missing
+            os.lstat(path)
+            return state
+    return "missing"
 
 
 def read_manifest(folder: Path, *, kind: str, remedy: str) -> dict:
@@ -242,7 +246,7 @@ def _is_inside(name: str) -> bool:
 
 
 def damaged_files(folder: Path, manifest: dict) -> list[str]:
-    """Return what is wrong with the files of an artefact, one line a file; an empty list when all sizes and digests fit."""
+    """Return what is wrong with the files of an artefact, one line a file; an empty list when all sizes and digests fit. Unreadable where that cannot be told."""
     return [problem for name, entry in manifest["files"].items() if (problem := _file_problem(folder, name, entry))]
 
 
@@ -251,29 +255,25 @@ def _file_problem(folder: Path, name: str, entry: dict) -> str:
     elsewhere = f"{excerpt(name)} is not a plain file inside the folder"
     if not _is_inside(name):
         return elsewhere
-    path = folder
+    path = folder / name
     try:
-        for part in name.split("/"):
-            path = path / part
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
+        with reading(path):
+            places = [path, *path.parents[: name.count("/")]]
+            if any(place.is_symlink() for place in places) or not stat.S_ISREG((status := os.lstat(path)).st_mode):
                 return elsewhere
-        if not stat.S_ISREG(status.st_mode):
-            return elsewhere
-        if status.st_size != entry["bytes"]:
-            return f"{excerpt(name)} has {status.st_size} bytes, the manifest says {entry['bytes']}"
-        if file_digest(path) != entry["digest"]:
-            return f"{excerpt(name)} does not have the digest of the manifest: its bytes have changed"
-    except (FileNotFoundError, NotADirectoryError):
+            if status.st_size != entry["bytes"]:
+                return f"{excerpt(name)} has {status.st_size} bytes, the manifest says {entry['bytes']}"
+            if file_digest(path) != entry["digest"]:
+                return f"{excerpt(name)} does not have the digest of the manifest: its bytes have changed"
+    except OSError:
         return f"{excerpt(name)} is missing"
-    except OSError as error:
-        return f"{excerpt(name)} cannot be read: {error.strerror or error}"
     return ""
 
 
 def unlisted_files(folder: Path, manifest: dict) -> list[str]:
     """Return one line for whatever lies in the folder of an artefact and is not in its manifest."""
-    return [f"{excerpt(name)} is not listed in the manifest" for name, _ in _contents(folder) if name not in manifest["files"]]
+    with reading(folder):
+        return [f"{excerpt(name)} is not listed in the manifest" for name, _ in _contents(folder) if name not in manifest["files"]]
 
 
 def require_intact(folder: Path, manifest: dict, *, remedy: str) -> None:

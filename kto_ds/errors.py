@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,12 @@ class UserError(KtoError):
         super().__init__(head + (f"\n  remedy: {remedy}" if remedy else ""))
 
 
+class Unreadable(KtoError):
+    """What lies there may be whole, but cannot be read now: a right, a disk, a mount. That is no damage: nothing is set aside or made anew for it."""
+
+    exit_code = EXIT_USER
+
+
 class NumericsError(KtoError):
     """A value that must be finite is not. Raised on all ranks, before the weights are touched."""
 
@@ -44,6 +51,22 @@ class Preempted(KtoError):
     """The run was asked to stop, by a signal or its wall time, and what it did is kept. Raised on all ranks."""
 
     exit_code = EXIT_PREEMPTED
+
+
+# What the system answers where there is no file of a name.
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+TO_READ = "see to its rights, its disk or its mount, then give the same command again; nothing was changed. What is lost for good counts as missing once it is deleted"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into Unreadable, but for one that says there is no such file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in MISSING:
+            raise
+        raise Unreadable(f"{path}: cannot be read on host {socket.gethostname()}: {error.strerror or error}\n  remedy: {TO_READ}") from error
 
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, a quota, a limit on the size of files

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kto_ds.artifacts import FORMAT, MANIFEST, RESUME, canonical_json, incomplete_path, move_into_place, read_json, write_atomically
-from kto_ds.errors import UserError, excerpt, unwritable
+from kto_ds.errors import Unreadable, UserError, excerpt, reading, unwritable
 
 # What flock answers on a network file system that was mounted without it.
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -32,9 +32,10 @@ def require_own_place(final: Path, kind: str, is_part: Callable[[str], bool]) ->
     remedy = "name a folder that does not exist yet, or one of a former artefact of this kind"
     if final.name in ("", ".."):
         raise UserError(f"a {kind} artefact needs a folder of its own", where=str(final), remedy=remedy)
-    if final.exists() and not final.is_dir():
-        raise UserError(f"there is a file where the {kind} artefact is to be", where=str(final), remedy=remedy)
-    others = sorted(path.name for path in final.iterdir() if path.name not in (MANIFEST, RESUME) and not is_part(path.name)) if final.is_dir() else []
+    with reading(final):
+        if final.exists() and not final.is_dir():
+            raise UserError(f"there is a file where the {kind} artefact is to be", where=str(final), remedy=remedy)
+        others = sorted(path.name for path in final.iterdir() if path.name not in (MANIFEST, RESUME) and not is_part(path.name)) if final.is_dir() else []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(f"{excerpt(others[0])}{more} lies here, which is no part of a {kind} artefact and would be deleted", where=str(final), remedy=f"move it away, or {remedy}")
@@ -47,7 +48,7 @@ def _is_artifact(folder: Path) -> bool:
     """Tell whether a folder has a manifest of ours."""
     try:
         found = read_json(folder / MANIFEST)
-    except ValueError:
+    except (ValueError, Unreadable):
         return False
     return isinstance(found, dict) and {"format", "kind", "files"} <= found.keys()
 
@@ -89,7 +90,7 @@ def _owner(path: Path) -> str:
         found = read_json(path)
         job = f", SLURM job {excerpt(found['slurm_job_id'])}" if found["slurm_job_id"] else ""
         return f"process {found['pid']:d} on host {excerpt(found['host'])}{job}, since {excerpt(found['started'])}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, Unreadable):
         return "a process that has not said its name yet"
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from kto_ds.artifacts import canonical_json, digest_of, file_digest, write_atomically
 from kto_ds.data.keys import distinct
-from kto_ds.errors import UserError
+from kto_ds.errors import UserError, reading
 
 # A sum of log-probs is below 0. One of an all but certain completion may round to 0 or above it, and is stored as the largest number below,
 # so that a 0 on disk is never a value: it is a row that nobody scored.
@@ -90,20 +90,25 @@ def write_shard(folder: Path, plan: str, number: int, rows: ReferenceRows) -> Pa
 def committed_shards(folder: Path, plan: str) -> dict[int, Path]:
     """Return {number: path} of the shards of a plan, or of those that were KEPT, in an unfinished folder, whose bytes are what was written."""
     shards = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    with reading(folder):
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
         name = NAME.fullmatch(path.name)
-        if name and plan == (name["plan"] or KEPT) and not path.is_symlink() and path.is_file() and path.stat().st_size <= MAX_SHARD_BYTES:
-            if file_digest(path) == name["digest"]:
-                shards[int(name["number"])] = path
+        with reading(path):
+            if name and plan == (name["plan"] or KEPT) and not path.is_symlink() and path.is_file() and path.stat().st_size <= MAX_SHARD_BYTES:
+                if file_digest(path) == name["digest"]:
+                    shards[int(name["number"])] = path
     return shards
 
 
 def read_shard(path: Path) -> ReferenceRows:
     """Return the rows of a shard; UserError unless it is one, and every log-prob in it can be one."""
-    if path.stat().st_size > MAX_SHARD_BYTES:
-        raise _unusable(path, f"it has {path.stat().st_size:,} bytes, no shard has more than {MAX_SHARD_BYTES:,}")
+    with reading(path):
+        if path.stat().st_size > MAX_SHARD_BYTES:
+            raise _unusable(path, f"it has {path.stat().st_size:,} bytes, no shard has more than {MAX_SHARD_BYTES:,}")
+        content = path.read_bytes()
     try:
-        arrays = load(path.read_bytes())
+        arrays = load(content)
         rows = ReferenceRows(arrays.pop("keys"), arrays.pop("logps"), arrays.pop("num_tokens"), arrays.pop("token_logps", None))
     except (SafetensorError, KeyError, ValueError) as error:
         raise _unusable(path, f"it is not a shard of reference log-probs ({error})") from error

@@ -24,12 +24,14 @@ class MetricsFile:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
-    def drop_after(self, step: int) -> None:
-        """Keep the whole records up to `step`, for a run that resumes from there."""
+    def drop_after(self, step: int) -> int:
+        """Keep the whole records up to `step`, for a run that resumes from there; return how many are dropped."""
         self._file.close()
-        kept = [json.dumps(record) + "\n" for record in read_records(self._path) if record["step"] <= step]
-        write_atomically(self._path, "".join(kept))
+        records = read_records(self._path)
+        kept = [record for record in records if record["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", encoding="utf-8")
+        return len(records) - len(kept)
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,7 @@ from typing import Protocol
 from kto_ds.config import WandbConfig
 from kto_ds.report.console import Console
 from kto_ds.report.metrics_file import METRICS_FILE, MetricsFile, Record
-from kto_ds.report.wandb_process import WandbProcess, wandb_order
+from kto_ds.report.wandb_process import CLOSE_SECONDS, WandbProcess, forget_run, wandb_order
 
 
 class Sink(Protocol):
@@ -26,19 +26,28 @@ class Sinks:
         for sink in self._sinks:
             sink.log(record)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        """Close all. An error is not kept waiting for wandb: other ranks may have it too, and would tell it if rank 0 did not."""
         for sink in self._sinks:
-            sink.close()
+            if isinstance(sink, WandbProcess):
+                sink.close(CLOSE_SECONDS if error is None else 0)
+            else:
+                sink.close()
 
 
 def open_sinks(*, output_dir: Path, total_steps: int, done_steps: int, wandb: WandbConfig, run_config: dict) -> Sinks:
     """Open all sinks of a run that has `done_steps` behind it: 0 starts the record anew, else what was logged after them is dropped."""
     metrics = MetricsFile(output_dir / METRICS_FILE)
-    metrics.drop_after(done_steps or -1)
+    num_dropped = metrics.drop_after(done_steps or -1)
+    if num_dropped or not done_steps:
+        forget_run(output_dir)  # wandb keeps what it got: the record goes, as it is now, to a run of its own
     console = Console(total_steps, done_steps)
     sinks: list[Sink] = [metrics, console]
     if wandb.mode != "disabled":
-        order = wandb_order(wandb, wandb.mode, output_dir=output_dir, run_config=run_config, resume=done_steps > 0)
+        order = wandb_order(wandb, wandb.mode, output_dir=output_dir, run_config=run_config)
         # Last to be opened and closed: it reads what the first has written.
         sinks.append(WandbProcess(order, tell=console.tell))
     return Sinks(sinks)

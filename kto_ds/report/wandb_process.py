@@ -19,14 +19,24 @@ FINISH_SECONDS = 60  # that the process is left with after that
 PROGRAM = "kto_ds.report.wandb_upload"
 
 
-def wandb_order(settings: WandbConfig, mode: str, *, output_dir: Path, run_config: dict, resume: bool, finish_seconds: float = FINISH_SECONDS, goes_offline: bool = True) -> dict:
-    """Return what the process is told; see Order there. With `resume` the wandb run that was begun before goes on."""
-    id_file = output_dir / "wandb" / "run_id"
-    run_id = id_file.read_text(encoding="utf-8") if resume and id_file.is_file() else secrets.token_hex(4)
+def wandb_order(settings: WandbConfig, mode: str, *, output_dir: Path, run_config: dict, finish_seconds: float = FINISH_SECONDS, goes_offline: bool = True) -> dict:
+    """Return what the process is told; see Order there. The wandb run of the record goes on, if it has one."""
+    id_file = _id_file(output_dir)
+    run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else secrets.token_hex(4)
     return {
         **{"mode": mode, "project": redact(settings.project), "name": redact(settings.name or output_dir.resolve().name), "run_id": run_id},
         **{"output_dir": str(output_dir), "run_config": redact_values(run_config), "goes_offline": goes_offline, "finish_seconds": finish_seconds},
     }
+
+
+def forget_run(output_dir: Path) -> None:
+    """Let the next order be for a new wandb run."""
+    with contextlib.suppress(OSError):  # such as of a file in the place of the folder; training goes on without wandb
+        _id_file(output_dir).unlink()
+
+
+def _id_file(output_dir: Path) -> Path:
+    return output_dir / "wandb" / "run_id"
 
 
 class WandbProcess:
@@ -62,7 +72,8 @@ class WandbProcess:
             exit_code = None
         self._relay()
         if exit_code is None:
-            self._tell(f"warning: wandb has not taken everything within {seconds:g} s and is left to itself; kto-ds report --config RUN.yaml --wandb-sync uploads the rest")
+            so_far = f"within {seconds:g} s" if seconds else "yet"
+            self._tell(f"warning: wandb has not taken everything {so_far} and is left to itself; kto-ds report --config RUN.yaml --wandb-sync uploads the rest")
         elif exit_code and not self._has_warned:
             self._tell(f"warning: wandb has ended with code {exit_code}; kto-ds report --config RUN.yaml --wandb-sync uploads what is missing")
         self._process.stdout.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save as to_safetensors
 
 from kto_ds.artifacts import describe_file, fsync_path, read_manifest, seal, write_atomically
-from kto_ds.errors import KtoError, UserError, unwritable
+from kto_ds.errors import KtoError, Unreadable, UserError, unwritable
 from kto_ds.runtime.checkpoint_files import in_words
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
 from kto_ds.runtime.engine import Engine
@@ -111,5 +111,5 @@ def _tidy(root: Path, final: Path, save_total_limit: int, best_step: int | None)
     try:
         write_atomically(root / LATEST, final.name + "\n")
         retain(root, save_total_limit=save_total_limit, best_step=best_step)
-    except OSError as error:
+    except (OSError, Unreadable) as error:
         print(f"notice: {final.name} is saved, but {root} could not be tidied: {in_words(error)}", flush=True)

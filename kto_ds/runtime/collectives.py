@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from kto_ds.errors import KtoError, UserError
-from kto_ds.runtime.watch import beat
+from kto_ds.runtime.watch import beat, follow
 
 Result = TypeVar("Result")
 
@@ -23,6 +24,7 @@ GRACE_SECONDS = 30  # that a collective waits beyond the watch, which has more t
 # NCCL's own record of what every rank was doing: kept, and written when a collective times out.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 FLIGHT_RECORDER_FILE = "TORCH_FR_DUMP_TEMP_FILE"
+LOOK_SECONDS = 0.5  # at the most, between two looks for a rank that is waited for
 
 
 class World(NamedTuple):
@@ -53,8 +55,9 @@ def start(*, timeout_seconds: float, dumps: Path | None = None) -> World:
         for name, value in {**FLIGHT_RECORDER, FLIGHT_RECORDER_FILE: str(dumps / "nccl_rank")}.items():
             os.environ.setdefault(name, value)
     if not dist.is_initialized():
-        # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, for a minute or more, that only its inference engine calls.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not on_cuda:  # there the mere question would try compilers and GPUs for every operator
+            # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, for a minute or more, that only its inference engine calls.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=_limit(timeout_seconds), verbose=False)
     limit_waits(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), device)
@@ -105,21 +108,54 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def on_main_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and return its result on all ranks; an error there is raised on all of them."""
-    outcome: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(action(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
+    """Run `action` on rank 0, for as long as it takes, and return its result on all ranks; an error there is raised on all of them."""
+    outcome = [_outcome_of(action) if dist.get_rank() == 0 else None]
+    _wait_for([0])
     dist.broadcast_object_list(outcome, src=0)
     beat()
-    result, error = outcome[0]
-    if isinstance(error, KtoError):
-        error.is_told = dist.get_rank() != 0
-    if error is not None:
-        raise error
-    return result
+    return _results_of(outcome)[0]
+
+
+def on_all_ranks(action: Callable[[], Result]) -> list[Result]:
+    """Run `action` on every rank, for as long as it takes there, and return all results in rank order; an error of any rank is raised on all of them."""
+    outcome = _outcome_of(action)
+    wait_for_all()
+    return _results_of(gather_objects(outcome))
+
+
+def _outcome_of(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _results_of(outcomes: list[tuple[Result, Exception | None]]) -> list[Result]:
+    """Return the results, or raise the first error; all ranks have the same outcomes here, and rank 0 reports that error."""
+    for _, error in outcomes:
+        if isinstance(error, KtoError):
+            error.is_told = dist.get_rank() != 0
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def wait_for_all() -> None:
+    """Wait for all ranks to come here, for as long as each gets on with its work: ahead of a collective that ranks reach hours apart."""
+    _wait_for(range(dist.get_world_size()))
+
+
+def _wait_for(ranks: Iterable[int]) -> None:
+    """Let the others know that this rank has come here, and wait for some of them, not in a collective, which gives up on a rank however busy it is.
+
+    Only the watch ends this, when the rank that is waited for makes no progress; where there is none, the collective behind this has to.
+    """
+    store, pause = distributed_c10d._get_default_store(), 0.001
+    here = store.add(f"kto_ds/{dist.get_rank()}", 1)
+    for rank in ranks:
+        while store.add(f"kto_ds/{rank}", 0) < here and follow(rank):
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_SECONDS)
 
 
 def barrier() -> None:

@@ -8,6 +8,7 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import psutil
 
 from kto_ds.artifacts import read_json
+from kto_ds.errors import Unreadable
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 6.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
@@ -97,7 +99,7 @@ def _replace(path: Path, content: dict) -> None:
 
 def read_beat(folder: Path, peer: Peer) -> Beat | None:
     """Return what a rank wrote last, or None before it wrote anything."""
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, Unreadable):
         return Beat(**read_json(folder / f"rank{peer.rank}.json"))
     return None
 
@@ -109,7 +111,7 @@ def with_end(folder: Path, others: Sequence[Peer], *, token: str) -> list[Peer]:
 
 
 def read_end(folder: Path, peer: Peer, *, token: str) -> End | None:
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, Unreadable):
         return End(**read_json(folder / f"rank{peer.rank}.{token}.end"))
     return None
 
@@ -119,6 +121,39 @@ def silent_seconds(folder: Path, peer: Peer, own_rank: int) -> float:
     with suppress(OSError):
         return (folder / f"rank{own_rank}.json").stat().st_mtime - (folder / f"rank{peer.rank}.json").stat().st_mtime
     return 0.0
+
+
+class Sight(NamedTuple):
+    """What one rank sees of the others, and of itself, in the files of a start."""
+
+    folder: Path
+    own_rank: int
+    token: str
+
+    def end_of(self, peer: Peer) -> End | None:
+        return read_end(self.folder, peer, token=self.token)
+
+    def beat_of(self, peer: Peer) -> Beat | None:
+        beat = read_beat(self.folder, peer)
+        return beat if beat is not None and beat.pid == peer.pid else None
+
+    def phase_of(self, peer: Peer) -> str:
+        beat = self.beat_of(peer)
+        return beat.phase if beat else "start"
+
+    def is_silent(self, peer: Peer) -> bool:
+        return silent_seconds(self.folder, peer, self.own_rank) > SILENT_SECONDS
+
+    def progress_of(self, peer: Peer) -> tuple:
+        """Return what sorts the ranks, those behind first."""
+        beat = self.beat_of(peer)
+        # Who waits for the input of a step is behind who takes it, though the beats may be a moment apart in the other order.
+        return (not self.is_silent(peer), beat.step, beat.phase != "input", beat.beat) if beat else (False, 0, False, 0.0)
+
+    def last_seen(self, peer: Peer) -> str:
+        beat = self.beat_of(peer)
+        where = f"last in {beat.phase} of step {beat.step}, {max(0.0, time.time() - beat.beat):.0f} s ago" if beat else "never got under way"
+        return f"{peer}, {where}{', gives no sign of life' if self.is_silent(peer) else ''}"
 
 
 def launchers() -> tuple[int, ...]:

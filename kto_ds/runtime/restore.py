@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kto_ds.artifacts import FORMAT, MANIFEST, damaged_files, own_digest, read_json, read_manifest, unlisted_files
-from kto_ds.errors import UserError
+from kto_ds.errors import UserError, reading
 from kto_ds.runtime.checkpoint import RNG_FILE
-from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
+from kto_ds.runtime.collectives import World, on_all_ranks, on_main_rank
 from kto_ds.runtime.engine import STATE, Engine
 from kto_ds.runtime.retention import KIND, NAME, folder_bytes, set_aside, step_folders
 from kto_ds.runtime.rng import derive_rng, restore_rng
@@ -40,7 +40,7 @@ def newest_verified(root: Path, world: World, *, sets_aside: bool) -> Checkpoint
     """Return the newest checkpoint whose files all have their sizes and digests, or None in a folder that never had any.
 
     Where one is damaged the one before it is tried; `sets_aside`, for who holds the lock of the run, renames it to `*.corrupt.N`. Ranks share the digesting.
-    UserError when all are damaged.
+    UserError when all are damaged; Unreadable, and nothing is renamed, when a file cannot be read that may be whole.
     """
     candidates = on_main_rank(lambda: step_folders(root))
     for _, folder in reversed(candidates):
@@ -96,7 +96,7 @@ def _is_of_another_version(folder: Path) -> bool:
 
 
 def _gathered(look: Callable[[], list[str]]) -> list[str]:
-    return [line for part in gather_objects(look()) for line in part]
+    return [line for part in on_all_ranks(look) for line in part]
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world: World) -> None:
@@ -107,13 +107,15 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world:
     """
     same_ranks = checkpoint.manifest["world_size"] == world.num_ranks
     if engine.stage == 0 or same_ranks and checkpoint.manifest["zero"] == engine.zero_section:
-        engine.load(checkpoint.folder, is_universal=False)
+        with reading(checkpoint.folder):
+            engine.load(checkpoint.folder, is_universal=False)
     else:
-        with converted(checkpoint.folder, state_bytes=folder_bytes(checkpoint.folder), ranks=(checkpoint.manifest["world_size"], world.num_ranks)) as folder:
+        with converted(checkpoint.folder, state_bytes=folder_bytes(checkpoint.folder), ranks=(checkpoint.manifest["world_size"], world.num_ranks)) as folder, reading(checkpoint.folder):
             engine.load(folder, is_universal=True)
     if same_ranks:
         own = f"rank{world.rank}/"
-        states = load_file(checkpoint.folder / RNG_FILE)
+        with reading(checkpoint.folder / RNG_FILE):
+            states = load_file(checkpoint.folder / RNG_FILE)
         restore_rng({name.removeprefix(own): state for name, state in states.items() if name.startswith(own)}, world.device)
     else:
         derive_rng(seed, checkpoint.step, world.rank, world.device)
@@ -121,7 +123,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world:
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the policy's parameters by name, put together from all ranks' files; float32 from stage 3, else in the dtype of the run."""
-    with weights_only():
+    with weights_only(), reading(checkpoint.folder):
         if checkpoint.zero_stage == 3:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from kto_ds.artifacts import MANIFEST, read_manifest
-from kto_ds.errors import UserError
+from kto_ds.errors import Unreadable, UserError, reading
 
 KIND = "checkpoint"
 NAME = re.compile(r"step-(\d{8})")
@@ -25,12 +25,18 @@ def folder_name(step: int) -> str:
 
 def step_folders(root: Path) -> list[tuple[int, Path]]:
     """Return (step, folder) of everything that has the name of a checkpoint, oldest first."""
-    return sorted((int(match[1]), path) for path in root.glob("step-*") if (match := NAME.fullmatch(path.name)))
+    try:
+        with reading(root):  # glob takes a folder that must not be listed for an empty one
+            names = os.listdir(root)
+    except OSError:
+        names = []
+    return sorted((int(match[1]), root / name) for name in names if (match := NAME.fullmatch(name)))
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """Return (step, folder) of every sealed checkpoint, oldest first; not yet verified."""
-    return [(step, folder) for step, folder in step_folders(root) if (folder / MANIFEST).is_file()]
+    with reading(root):
+        return [(step, folder) for step, folder in step_folders(root) if (folder / MANIFEST).is_file()]
 
 
 def folder_bytes(folder: Path) -> int:
@@ -38,7 +44,7 @@ def folder_bytes(folder: Path) -> int:
     try:
         files = read_manifest(folder, kind=KIND, remedy="")["files"]
         sizes = {name: os.lstat(folder / name).st_size for name in files}
-    except (UserError, OSError):
+    except (UserError, Unreadable, OSError):
         return 0
     return sum(sizes.values()) if all(sizes[name] == entry["bytes"] for name, entry in files.items()) else 0
 

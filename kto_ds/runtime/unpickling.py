@@ -12,7 +12,8 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import Unreadable, UserError, excerpt, reading
+from kto_ds.runtime.watch import beat
 
 # All that a state of ours holds besides tensors and plain values, for every ZeRO stage. None of them does anything when it is made.
 ALLOWED_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
@@ -25,6 +26,7 @@ def weights_only() -> Iterator[None]:
     load = torch.load
 
     def load_weights_only(file, map_location=None, **named):
+        beat()  # files are many where the number of ranks changes
         try:
             return load(file, map_location=map_location or "cpu", **{**named, "weights_only": True})
         except OSError:
@@ -46,8 +48,10 @@ def weights_only() -> Iterator[None]:
 def foreign_objects(path: Path) -> list[str]:
     """Return one line for everything that unpickling a .pt file would make or call, and that no checkpoint of ours holds. Runs nothing and reads no tensor."""
     try:
-        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+        with reading(path), torch.serialization.safe_globals(ALLOWED_CLASSES):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Unreadable:
+        raise
     except Exception as error:  # whatever a file that is none leads to
         return [f"{excerpt(path.name)} cannot be read: {excerpt(str(error))}"]
     return [f"{excerpt(path.name)} would run {excerpt(name)}" for name in sorted(names)]

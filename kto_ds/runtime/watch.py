@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from kto_ds.errors import EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted
 from kto_ds.redaction import redact
 from kto_ds.runtime import peers
-from kto_ds.runtime.peers import BEAT_SECONDS, ENDED, SILENT_SECONDS, Beat, End, Peer
+from kto_ds.runtime.peers import BEAT_SECONDS, ENDED, Beat, End, Peer, Sight
 
 LOOK_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # a peer that failed may only be the first of all ranks to meet the same error, and rank 0 about to report it
@@ -47,6 +47,7 @@ class Watch:
         self._ranks, self._stacks = ranks, stacks / f"rank{rank}.txt"
         self._token, self._mark, self._word = token, ranks / f"stuck-{token}", ranks / f"told-{token}"
         self._run, self._own, self._on_end = run, run[rank], on_end
+        self._sight = Sight(ranks, rank, token)
         self._others = [peer for peer in run if peer.rank != rank]
         self._local = [peer for peer in self._others if peer.machine == self._own.machine]
         self._seconds = seconds
@@ -56,6 +57,7 @@ class Watch:
         self._launchers = peers.launchers()
         self._seen: dict[str, float] = {}
         self._shown_at, self._shown, self._told = 0.0, ("", 0), False
+        self._followed: Beat | None = None
         self.stop_reason: str | None = None  # set once somebody wants the run to stop
 
     # for the main thread
@@ -67,6 +69,13 @@ class Watch:
     def beat(self) -> None:
         """Say that the work goes on."""
         self._place = self._place._replace(since=time.monotonic(), beat=time.time())
+
+    def follow(self, rank: int) -> None:
+        """Say that the work goes on, if that of a rank does for which this one waits. Who is waited for waits for no one: so no two can keep each other going."""
+        beat = self._sight.beat_of(self._run[rank])
+        if beat != self._followed:
+            self._followed = beat
+            self.beat()
 
     def limit(self, seconds: float) -> None:
         """Set how long there may be no progress."""
@@ -150,15 +159,15 @@ class Watch:
     def _look_for_ends(self) -> None:
         """End as a peer did that failed alone."""
         for peer in peers.with_end(self._ranks, self._others, token=self._token):
-            end = self._end_of(peer)
+            end = self._sight.end_of(peer)
             if end is not None and self._for_seconds(f"end {peer.rank}") >= (SETTLE_SECONDS if self._speaker() == self._own.rank else FOLLOW_SECONDS):
                 self._end(end._replace(message=f"[rank {peer.rank}] {end.message}"), speaks=peer.rank != 0 and self._speaker() == self._own.rank)
 
     def _look_for_dead(self, stacks: IO[str]) -> None:
         """End when a peer has no process any more and did not say why; one of another machine is given up when it is silent and a collective has lost it."""
-        dead = [peer for peer in self._local if peers.is_gone(peer) and self._phase_of(peer) not in ENDED]
+        dead = [peer for peer in self._local if peers.is_gone(peer) and self._sight.phase_of(peer) not in ENDED]
         if self._lost:
-            dead += [peer for peer in self._others if peer.machine != self._own.machine and self._is_silent(peer) and self._phase_of(peer) not in ENDED]
+            dead += [peer for peer in self._others if peer.machine != self._own.machine and self._sight.is_silent(peer) and self._sight.phase_of(peer) not in ENDED]
         if not dead:
             return
         speaks = self._speaker() == self._own.rank
@@ -166,7 +175,7 @@ class Watch:
             _heading(stacks, "a peer is gone")
             faulthandler.dump_traceback(stacks)
             remedy = f"if the system killed it for lack of memory, its log says so (dmesg); {AGAIN}"
-            self._end(End(EXIT_UNEXPECTED, "failed", f"a rank died: {'; '.join(map(self._last_seen, dead))}\n  remedy: {remedy}"), speaks=speaks)
+            self._end(End(EXIT_UNEXPECTED, "failed", f"a rank died: {'; '.join(map(self._sight.last_seen, dead))}\n  remedy: {remedy}"), speaks=speaks)
 
     def _end_stuck(self, stacks: IO[str]) -> None:
         """Write the stacks of all threads, have all ranks do so, and end."""
@@ -180,46 +189,23 @@ class Watch:
         speaks = self._speaker() == self._own.rank
         if not speaks:
             time.sleep(FOLLOW_SECONDS)
-        lines = "\n  ".join(self._last_seen(peer) for peer in sorted(self._run, key=self._progress_of))
+        lines = "\n  ".join(self._sight.last_seen(peer) for peer in sorted(self._run, key=self._sight.progress_of))
         message = (
             f"no progress for {self._seconds:.0f} s (train.step_timeout_seconds, train.setup_timeout_seconds before the first step); the ranks, those behind first:\n"
             f"  {lines}\n  remedy: the stacks of the ranks that could write them are in {self._stacks.parent}; {AGAIN}"
         )
-        silent = [peer for peer in self._local if self._is_silent(peer)]
+        silent = [peer for peer in self._local if self._sight.is_silent(peer)]
         self._end(End(EXIT_UNEXPECTED, "failed", message), speaks=speaks, kills=silent if speaks else ())
 
     def _speaker(self) -> int:
         """Return the lowest rank that can still speak."""
-        able = (peer.rank for peer in self._others if self._end_of(peer) is None and not self._is_silent(peer) and not (peer in self._local and peers.is_gone(peer)))
+        able = (peer.rank for peer in self._others if self._sight.end_of(peer) is None and not self._sight.is_silent(peer) and not (peer in self._local and peers.is_gone(peer)))
         return min([self._own.rank, *able])
-
-    def _is_silent(self, peer: Peer) -> bool:
-        return peers.silent_seconds(self._ranks, peer, self._own.rank) > SILENT_SECONDS
 
     def _for_seconds(self, what: str) -> float:
         """Return for how long this has been seen."""
         now = time.monotonic()
         return now - self._seen.setdefault(what, now)
-
-    def _beat_of(self, peer: Peer) -> Beat | None:
-        beat = peers.read_beat(self._ranks, peer)
-        return beat if beat is not None and beat.pid == peer.pid else None
-
-    def _end_of(self, peer: Peer) -> End | None:
-        return peers.read_end(self._ranks, peer, token=self._token)
-
-    def _phase_of(self, peer: Peer) -> str:
-        beat = self._beat_of(peer)
-        return beat.phase if beat else "start"
-
-    def _progress_of(self, peer: Peer) -> tuple:
-        beat = self._beat_of(peer)
-        return (not self._is_silent(peer), beat.step, beat.beat) if beat else (False, 0, 0.0)
-
-    def _last_seen(self, peer: Peer) -> str:
-        beat = self._beat_of(peer)
-        where = f"last in {beat.phase} of step {beat.step}, {max(0.0, time.time() - beat.beat):.0f} s ago" if beat else "never got under way"
-        return f"{peer}, {where}{', gives no sign of life' if self._is_silent(peer) else ''}"
 
     # the end
 
@@ -280,7 +266,7 @@ class Watch:
         self._leave("failed")
         deadline = time.monotonic() + FOLLOW_SECONDS
         while is_ours and self._own.rank and not error.is_told and time.monotonic() < deadline:
-            error.is_told = self._phase_of(self._run[0]) == "failed"
+            error.is_told = self._sight.phase_of(self._run[0]) == "failed"
             time.sleep(0.2)
 
 
@@ -291,6 +277,13 @@ def beat() -> None:
     """Say that the work goes on, from wherever it does."""
     for watch in _current:
         watch.beat()
+
+
+def follow(rank: int) -> bool:
+    """Say that the work goes on, if that of another rank does; return whether there is a watch that will find out if it does not."""
+    for watch in _current:
+        watch.follow(rank)
+    return bool(_current)
 
 
 def _heading(stacks: IO[str], what: str) -> None:

@@ -6,7 +6,9 @@ parameters share one Adam step counter, which then counts once for each of them.
 
 import contextlib
 import io
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,11 @@ from kto_ds.errors import UserError
 from kto_ds.runtime.collectives import barrier, on_main_rank
 from kto_ds.runtime.engine import STATE
 from kto_ds.runtime.unpickling import weights_only
+from kto_ds.runtime.watch import beat
 
 # Fragments of all ranks lie beside the merged parameters until these are complete.
 SPACE_FACTOR = 2.4
+LOOK_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -50,10 +54,32 @@ def _convert(folder: Path, universal: Path, state_bytes: int, ranks: tuple[int, 
     )  # fmt: skip
     try:
         # DeepSpeed narrates, with a progress bar for every stage.
-        with weights_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _files_are_progress(staging), weights_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(options)
         staging.rename(universal)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     change = f"of {ranks[0]} ranks for {ranks[1]}" if ranks[0] != ranks[1] else "for another ZeRO section"
     print(f"converted {folder.name} {change} in {time.monotonic() - began:.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _files_are_progress(folder: Path) -> Iterator[None]:
+    """Say that the work goes on whenever the files below a folder have become more or fewer: DeepSpeed, at work for hours, does not say so."""
+    is_over = threading.Event()
+
+    def look() -> None:
+        seen = 0
+        while not is_over.wait(LOOK_SECONDS):
+            found = sum(len(names) for _, _, names in os.walk(folder))
+            if found != seen:
+                seen = found
+                beat()
+
+    looking = threading.Thread(target=look, name="files-are-progress", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        looking.join()

@@ -11,7 +11,7 @@ from kto_ds.data.dataset import ARRAYS, FILES, TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.reference import ReferenceRows, read_shards
 from kto_ds.data.reference_work import needed_pairs
-from kto_ds.errors import UserError, excerpt
+from kto_ds.errors import Unreadable, UserError, excerpt, reading
 from kto_ds.runtime.collectives import on_main_rank
 from kto_ds.stages.identity import dataset_identity, origin_differences, reference_identity, reference_origin, require_same_dataset, run_tokenizer
 
@@ -30,7 +30,8 @@ def open_dataset(config: RunConfig) -> tuple[dict[str, TokenizedSplit], dict]:
         return manifest
 
     manifest = on_main_rank(check)
-    return {name: TokenizedSplit.load(folder / name) for name in manifest["splits"]}, manifest
+    with reading(folder):
+        return {name: TokenizedSplit.load(folder / name) for name in manifest["splits"]}, manifest
 
 
 def read_dataset_manifest(folder: Path) -> dict:
@@ -64,8 +65,11 @@ def _require_splits(folder: Path, manifest: dict) -> None:
             raise UserError(f"damaged manifest: splits: {excerpt(absent[0])} is not among its files", where=str(folder / MANIFEST), remedy=PREPARE_FIRST)
         for name in names:
             try:
-                array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                with reading(folder / name):
+                    array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
                 kind, dimensions = array.dtype.kind, array.ndim
+            except Unreadable:
+                raise
             except Exception as error:  # of many kinds: NumPy takes other formats for an archive, a pickle, or a header of its own
                 raise UserError(f"{excerpt(name)} is not an array: {excerpt(str(error))}", where=str(folder), remedy=PREPARE_FIRST) from error
             if kind not in "biu" or dimensions != (2 if name.endswith("/pair_keys.npy") else 1):

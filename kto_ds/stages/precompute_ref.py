@@ -27,7 +27,7 @@ from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.report.console import bar_interval
-from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start
+from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start, wait_for_all
 from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.watch import Watch
 from kto_ds.stages.identity import gives_same_values, is_same_model, library_versions, reference_identity, reference_model, reference_origin, require_same_tokenizer
@@ -223,6 +223,7 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way, watch: W
                 failure = error
             if _is_over(bool(bad_rows or failure), work.given_up, way):
                 break
+    wait_for_all()
     if failures := [found for found in gather_objects(failure) if found]:
         raise failures[0]
     if bad_rows := [row for rows in gather_objects(bad_rows) for row in rows]:

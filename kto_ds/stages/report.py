@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kto_ds.artifacts import MANIFEST, read_json
 from kto_ds.config import RunConfig
-from kto_ds.errors import UserError
+from kto_ds.errors import Unreadable, UserError
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.wandb_process import WandbProcess, wandb_order
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict:
     """Return the JSON object in a file; an empty one where there is none, as a file may go or change while a run goes on."""
     try:
         found = read_json(path)
-    except ValueError:
+    except (ValueError, Unreadable):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -96,7 +96,7 @@ def _upload(config: RunConfig, records: list[Record]) -> None:
     told: list[str] = []
     order = wandb_order(
         config.report.wandb, mode, output_dir=config.output_dir.resolve(), run_config=config.model_dump(mode="json"),
-        resume=True, finish_seconds=UPLOAD_SECONDS, goes_offline=False,
+        finish_seconds=UPLOAD_SECONDS, goes_offline=False,
     )  # fmt: skip
     arrived = WandbProcess(order, tell=told.append).close(UPLOAD_SECONDS)
     if not arrived:

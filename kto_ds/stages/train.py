@@ -66,12 +66,8 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         limit_waits(seconds)  # of the groups that DeepSpeed has made
         run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape), watch, wall_time)
         progress = _resume_or_start(run, checkpoint)
-        sinks = _open_sinks(run, serving, progress.step)
-        try:
-            with StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
-                laps, stopped_at = _loop(run, status, sinks, profiler, progress)
-        finally:
-            sinks.close()
+        with _open_sinks(run, serving, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
+            laps, stopped_at = _loop(run, status, sinks, profiler, progress)
         if stopped_at is not None:
             remedy = GO_ON if config.checkpoint.resume == "auto" else "to go on from there, set checkpoint.resume: auto"
             raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved", remedy=remedy)

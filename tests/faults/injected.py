@@ -1,7 +1,10 @@
 """Faults that a rank puts into itself at a point of the code; see points.py for those points."""
 
+import builtins
 import functools
+import io
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -45,3 +48,19 @@ def stop_for_good() -> None:
 def messages(output: str) -> list[str]:
     """Return what the program said at its end, one entry a message; a rank other than 0 puts its number before it."""
     return [line for line in output.splitlines() if line.startswith((SPEAKING, "[rank ")) and SPEAKING in line]
+
+
+def deny(pattern: str, reason: int, put_in: Callable[[object, str, object], None] = setattr, *, functions: tuple[str, ...] = ("open",)) -> None:
+    """Let functions of the system fail for every path that fits, as they do for who has no right to it, or on a bad disk."""
+
+    def denying(original: Callable) -> Callable:
+        def denied(path=".", *arguments, **named):
+            if not isinstance(path, int) and re.search(pattern, os.fsdecode(path)):
+                raise OSError(reason, os.strerror(reason), os.fspath(path))
+            return original(path, *arguments, **named)
+
+        return denied
+
+    for function in functions:
+        for holder in (builtins, io) if function == "open" else (os,):
+            put_in(holder, function, denying(vars(holder)[function]))

@@ -1,10 +1,14 @@
 """Damage to checkpoints: it is found, named and set aside, the checkpoint before it is used, and the run ends as if nothing had been."""
 
+import errno
 import io
+import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ from kto_ds.runtime.collectives import start
 from kto_ds.runtime.restore import newest_verified
 from tests.distributed.tiny_run import config_of
 from tests.faults import ranks
-from tests.faults.ledger import tally
+from tests.faults.injected import deny, messages
+from tests.faults.ledger import record, tally
 from tests.faults.state import checkpoints_of, final_state, step_of
 
 pytestmark = pytest.mark.distributed
@@ -178,6 +183,29 @@ def test_a_run_ends_the_same(tiny, unbroken, tmp_path, kind: str, fault: Callabl
         assert "resuming at step 11 of 12" in output, output[-3000:]
         assert final_state(run) == unbroken.state
         counts.survived += 1
+
+
+def deny_one_rank(rank: int, *, victim: int, pattern: str, reason: int) -> None:
+    if rank == victim:
+        deny(pattern, reason)
+
+
+UNREADABLE = [(1, r"step-00000012/state/.*\.pt", errno.EIO), (0, r"step-00000012/manifest\.json", errno.EACCES)]
+
+
+@pytest.mark.parametrize(("victim", "pattern", "reason"), [UNREADABLE[0], pytest.param(*UNREADABLE[1], marks=pytest.mark.slow)])
+def test_what_one_rank_cannot_read_is_not_damaged(tiny, unbroken, tmp_path, victim, pattern, reason):
+    """A disk, a mount or a right of one machine: all ranks end with one message, nothing is set aside, and the same command goes on once it is mended."""
+    run = Path(shutil.copytree(unbroken.run, tmp_path / "run"))
+    before, command = files_of(run / "checkpoints"), ["train", *config_of(tiny, output_dir=run)]
+    exit_codes, output = ranks.run(command, log=tmp_path / "log", before=partial(deny_one_rank, victim=victim, pattern=pattern, reason=reason))
+    assert exit_codes == [2, 2], output[-3000:]
+    [message] = messages(output)
+    assert re.fullmatch(rf"kto-ds: error: \S+{pattern}: cannot be read on host \S+: {os.strerror(reason)}", message), message
+    assert files_of(run / "checkpoints") == before
+    ranks.require_success(command, log=tmp_path / "log")
+    assert final_state(run) == unbroken.state
+    record("R7", f"a file that cannot be read, {errno.errorcode[reason]}", injected=1, survived=1, seconds=0.0)
 
 
 @pytest.mark.slow

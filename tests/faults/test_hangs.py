@@ -1,16 +1,25 @@
 """R14: a run that makes no progress ends by itself, says which rank lags, and leaves the stacks of all that can write them."""
 
+import contextlib
 import functools
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
+from kto_ds.runtime import collectives
+from kto_ds.runtime import watch as watches
 from tests.distributed.tiny_run import config_of, status_of
 from tests.faults import ranks
+from tests.faults.fed import go_back_to
 from tests.faults.injected import at_point, happened_at, messages, stop_for_good
 from tests.faults.ledger import record
 from tests.faults.points import Point
+from tests.faults.test_world_size import write_small_groups
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +68,7 @@ HANGS = [(LOADER_6, 1), (LOADER_6, 0), (STEP_6, 1), (MAIN_RANK_SAVES, 0), (SET_U
 def test_a_sleeping_rank_leaves_the_stacks_of_all(tiny, tmp_path, point, victim):
     exit_codes, output, seconds = train_with(tiny, tmp_path, point=point, victim=victim, action=functools.partial(time.sleep, 300))
     assert exit_codes == [1, 1] and seconds < 2 * TIMEOUT + 20, output[-4000:]
-    require_failure(tmp_path, output, victim, lags=point != STEP_6)  # within a step only the stacks can
+    require_failure(tmp_path, output, victim, lags=point not in (STEP_6, SET_UP))  # within these only the stacks can
     for rank in (0, 1):
         stacks = (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text()
         assert "no progress for" in stacks and ("_noted" in stacks) == (rank == victim), "the stack shows where it sleeps"
@@ -73,6 +82,100 @@ def test_sigusr2_writes_the_stacks_of_a_run_that_goes_on(tiny, tmp_path):
     assert exit_codes == [0, 0], output[-4000:]
     for rank in (0, 1):
         assert "in train_step" in (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text()
+
+
+PATIENCE = 8  # beyond twice the seconds between two signs of life
+WORK_SECONDS = 1.5 * PATIENCE
+
+
+def lose_patience() -> None:
+    """From now on neither watch nor collective of this rank waits for longer."""
+    [watch] = watches._current
+    watch.limit(PATIENCE)
+    collectives.limit_waits(PATIENCE - collectives.GRACE_SECONDS)
+
+
+def convert_slowly(rank: int, *, folder: Path) -> None:
+    """A conversion on rank 0 that writes a file now and then, for longer than the other ranks have patience."""
+    from kto_ds.runtime import restore
+
+    converted, save = restore.converted, torch.save
+
+    def slow_save(*arguments, **named):
+        time.sleep(0.07)
+        save(*arguments, **named)
+
+    @contextlib.contextmanager
+    def slowly(*arguments, **named):
+        lose_patience()
+        began, torch.save = time.monotonic(), slow_save if rank == 0 else save
+        with converted(*arguments, **named) as universal:
+            torch.save = save
+            (folder / f"seconds{rank}").write_text(str(time.monotonic() - began))
+            yield universal
+
+    restore.converted = slowly
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_long_conversion(tiny, unbroken, tmp_path):
+    run = Path(shutil.copytree(unbroken.run, tmp_path / "run"))
+    go_back_to(run, 10)
+    config = config_of(tiny, output_dir=run, deepspeed__config=write_small_groups(tmp_path, 3))
+    exit_codes, output = ranks.run(["train", *config], log=tmp_path / "log", before=functools.partial(convert_slowly, folder=tmp_path))
+    assert exit_codes == [0, 0], output[-4000:]
+    seconds = float((tmp_path / "seconds1").read_text())
+    assert seconds > WORK_SECONDS and "resuming at step 11 of 12" in output
+    record("R14", "no hang: a conversion longer than the timeout", injected=1, survived=1, seconds=seconds)
+
+
+def score_unevenly(rank: int, *, folder: Path, action: Callable[[float], None]) -> None:
+    """Rank 0 is done with its share at once; rank 1 does `action` for every micro-batch."""
+    from kto_ds.stages import precompute_ref
+
+    score_all, score_shard = precompute_ref._score_all, precompute_ref.score_shard
+
+    def impatiently(*arguments):
+        lose_patience()
+        began = time.monotonic()
+        score_all(*arguments)
+        (folder / f"seconds{rank}").write_text(str(time.monotonic() - began))
+
+    def slowly(shard, *arguments, is_over):
+        def look() -> bool:
+            action(PATIENCE / 4)
+            return is_over()
+
+        return score_shard(shard, *arguments, is_over=look if rank == 1 else is_over)
+
+    precompute_ref._score_all, precompute_ref.score_shard = impatiently, slowly
+
+
+def precompute_with(tiny, folder, action: Callable[[float], None]) -> tuple[list[int], str]:
+    config = config_of(tiny, output_dir=folder / "run", reference__artifact=folder / "reference", reference__max_tokens_per_microbatch=128, reference__placement="replica")
+    return ranks.run(["precompute-ref", *config], log=folder / "log", before=functools.partial(score_unevenly, folder=folder, action=action))
+
+
+def test_a_rank_that_is_done_waits_for_one_that_still_scores(tiny, tmp_path):
+    exit_codes, output = precompute_with(tiny, tmp_path, time.sleep)
+    assert exit_codes == [0, 0] and (tmp_path / "reference" / "manifest.json").exists(), output[-4000:]
+    seconds = float((tmp_path / "seconds0").read_text())
+    assert seconds > WORK_SECONDS
+    record("R14", "no hang: a rank scores for longer than the timeout after the other is done", injected=1, survived=1, seconds=seconds)
+
+
+def sleep_for_good(seconds: float) -> None:
+    time.sleep(300)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_one_that_waits_for_it(tiny, tmp_path):
+    began = time.monotonic()
+    exit_codes, output = precompute_with(tiny, tmp_path, sleep_for_good)
+    assert exit_codes == [1, 1] and time.monotonic() - began < 60, output[-4000:]
+    lines = [line for line in output.splitlines() if line.startswith("  rank ")]
+    assert f"no progress for {PATIENCE} s" in output and lines[0].startswith("  rank 1 "), output[-4000:]
+    record("R14", "a rank hangs while another one waits for it", injected=1, survived=1, seconds=time.monotonic() - began)
 
 
 def score_slowly(rank: int) -> None:

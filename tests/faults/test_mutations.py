@@ -63,7 +63,7 @@ MUTANTS = {
     "hyper-parameters are those of the file": Mutant("runtime/engine.py", "            group.update(hyperparameters, lr=lr, initial_lr=base_lr)", "            pass", CHANGED),
     "whatever a pickle says is run": Mutant("runtime/unpickling.py", '{**named, "weights_only": True}', '{**named, "weights_only": False}', PAYLOAD),
     "a signal stays on its rank": Mutant("stages/objective.py", "bool(num_stopping)", "wants_to_stop()", SIGNALLED),
-    "the record is not cut back": Mutant("report/sinks.py", "    metrics.drop_after(done_steps or -1)\n", "", RETRIED),
+    "the record is not cut back": Mutant("report/sinks.py", "metrics.drop_after(done_steps or -1)", "0", RETRIED),
     "a shard's bytes are not looked at": Mutant("data/reference.py", 'if file_digest(path) == name["digest"]:', "if True:", "tests/unit/test_precompute.py"),
 }
 

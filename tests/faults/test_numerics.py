@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from kto_ds.stages import objective, step_work, train
 from tests.distributed.runs import read_metrics, write_zero
 from tests.distributed.tiny_run import config_of, status_of, without_timings
 from tests.faults import ranks
+from tests.faults.injected import messages
 from tests.faults.ledger import record
 from tests.faults.state import checkpoints_of
 
@@ -172,6 +174,25 @@ def test_the_run_stops_before_the_update(tiny, tmp_path, what, stage, dtype):
     require_stop(done, at=3, what=what)
     assert [path.name for path in checkpoints_of(done.run)] == ["step-00000002"]
     record("R15", f"stop: {what}; ZeRO {stage}, {dtype}", injected=1, survived=len(done.numerics), seconds=time.monotonic() - began)
+
+
+def start_a_wandb_that_never_ends(rank: int, *, folder: Path, faults: dict[int, str], notes: Path) -> None:
+    poison(rank, faults=faults, notes=notes)
+    program = folder / f"python{rank}"
+    program.write_text("#!/bin/bash\nexec sleep 30\n")
+    program.chmod(0o755)
+    sys.executable = str(program)
+
+
+def test_rank_0_tells_it_without_waiting_for_wandb(tiny, tmp_path):
+    before = partial(start_a_wandb_that_never_ends, folder=tmp_path, faults={3: LOSS}, notes=tmp_path)
+    exit_codes, output = ranks.run(["train", *config_of(tiny, output_dir=tmp_path / "run", report__wandb__mode="offline")], log=tmp_path / "log", before=before)
+    assert exit_codes == [3, 3], output[-3000:]
+    [message] = messages(output)
+    assert message.startswith("kto-ds: error: step 3: the loss is nan") and "[rank " not in output, output[-3000:]
+    assert "wandb has not taken everything yet and is left to itself" in output
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 3) and status["reason"].startswith("NumericsError: step 3: ")
 
 
 def require_stop(done: Done, *, at: int, what: str) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 
 STEP_6 = Point("in a step", "kto_ds.runtime.engine.Engine.step", nth=6)
 SAVE_6 = Point("in a save", "deepspeed.runtime.engine.DeepSpeedEngine.save_checkpoint", nth=3)
+SEAL_6 = Point("while the others wait for rank 0", "kto_ds.artifacts.seal", nth=3)
 SET_UP = Point("in set-up", "kto_ds.model.load.load_policy")
 
 
@@ -35,7 +36,7 @@ def train_with(tiny, folder, *, point: Point, victim: int, action) -> tuple[list
     return exit_codes, output, time.time() - happened_at(folder, (victim,))
 
 
-KILLS = [(STEP_6, 1), (STEP_6, 0), (SAVE_6, 1), (SAVE_6, 0), (SET_UP, 1), (SET_UP, 0)]
+KILLS = [(STEP_6, 1), (STEP_6, 0), (SAVE_6, 1), (SAVE_6, 0), (SEAL_6, 0), (SET_UP, 1), (SET_UP, 0)]
 
 
 @pytest.mark.parametrize("point, victim", [pytest.param(*case, marks=[] if case == (STEP_6, 1) else pytest.mark.slow, id=f"{case[0].phase}-{case[1]}") for case in KILLS])
@@ -45,7 +46,7 @@ def test_a_killed_rank_ends_the_other_which_names_it(tiny, unbroken, tmp_path, p
     assert exit_codes[victim] == -9 and exit_codes[survivor] == 1, output[-4000:]
     assert seconds < 10
     [message] = messages(output)
-    phase = {"in a step": "step of step 6", "in a save": "saving of step 6", "in set-up": "set-up of step 0"}[point.phase]
+    phase = {"in a step": "step of step 6", "in a save": "saving of step 6", "while the others wait for rank 0": "saving of step 6", "in set-up": "set-up of step 0"}[point.phase]
     assert f"a rank died: rank {victim} (host " in message and f"last in {phase}" in message, message
     assert "Traceback" not in output
     assert (status_of(tmp_path / "run")["state"], status_of(tmp_path / "run")["exit_code"]) == ("failed", 1)

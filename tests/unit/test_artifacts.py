@@ -590,7 +590,7 @@ def test_a_file_of_another_size_is_not_opened(tmp_path, monkeypatch):
 def test_a_name_that_the_system_refuses_is_a_line(tmp_path, name):
     make_artifact(tmp_path / "artefact")
     [problem] = damaged_files(tmp_path / "artefact", {"files": {name: PLAIN}})
-    assert "cannot be read: File name too long" in problem or problem == "'names.txt/below' is missing"
+    assert problem.startswith(f"'{name[:100]}") and problem.endswith(" is missing")
 
 
 @pytest.mark.parametrize("mebibytes", [65, 1 << 16])

@@ -18,6 +18,8 @@ from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Clock, Lap, StepTimer, Work, peak_memory_gib, speed_metrics, sum_of_laps, summary
 from kto_ds.report.wandb_process import WandbProcess, wandb_order
+from kto_ds.report.wandb_upload import named
+from tests.faults.wandb_files import history_of
 
 
 def train_record(step: int, **more: float) -> dict:
@@ -79,19 +81,17 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path, torn):
 def test_a_fresh_start_empties_the_record_and_a_resumed_one_keeps_it(tmp_path, capsys):
     disabled = WandbConfig()
     for done_steps, expected in ((0, [1, 2]), (1, [1, 2]), (0, [1, 2])):
-        sinks = open_sinks(output_dir=tmp_path, total_steps=2, done_steps=done_steps, wandb=disabled, run_config={})
-        for step in range(done_steps + 1, 3):
-            sinks.log(train_record(step))
-        sinks.close()
+        with open_sinks(output_dir=tmp_path, total_steps=2, done_steps=done_steps, wandb=disabled, run_config={}) as sinks:
+            for step in range(done_steps + 1, 3):
+                sinks.log(train_record(step))
         assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == expected
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     assert capsys.readouterr().out.count("step 2/2") == 3
 
 
 def test_other_ranks_have_no_sinks():
-    sinks = Sinks([])
-    sinks.log(train_record(1))
-    sinks.close()
+    with Sinks([]) as sinks:
+        sinks.log(train_record(1))
 
 
 # console
@@ -230,11 +230,11 @@ def test_other_ranks_write_no_status(tmp_path):
 # wandb
 
 
-def wandb_run(folder: Path, mode: str, records: list[dict], *, resume: bool = False) -> list[str]:
+def wandb_run(folder: Path, mode: str, records: list[dict]) -> list[str]:
     """Run the process beside a record of these lines to its end and return what it told."""
     told: list[str] = []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    order = wandb_order(WandbConfig(), mode, output_dir=folder, run_config={"seed": 1, "loss": {"beta": 0.1}}, resume=resume)
+    order = wandb_order(WandbConfig(), mode, output_dir=folder, run_config={"seed": 1, "loss": {"beta": 0.1}})
     process = WandbProcess(order, tell=told.append)
     for record in records:
         process.log(record)
@@ -251,15 +251,32 @@ def no_credentials(monkeypatch, tmp_path_factory):
     return monkeypatch
 
 
-def test_offline_run_leaves_a_folder_and_a_resumed_one_has_the_same_id(tmp_path, no_credentials):
-    for resume in (False, True, False):
-        told = wandb_run(tmp_path, "offline", [train_record(1), eval_record(1)], resume=resume)
-        assert len(told) == 1 and "--wandb-sync" in told[0]
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
-    # offline-run-TIME-ID, and -1 behind it for a second run of one id in the same second
-    ids = [folder.name.split("-")[3] for folder in folders]
-    assert len(set(ids)) == 2 and all(list(folder.glob("*.wandb")) for folder in folders)
-    assert (tmp_path / "wandb" / "run_id").read_text() in ids
+def test_a_wandb_run_holds_one_record_and_no_line_of_another(tmp_path, no_credentials, capsys):
+    """A start that goes on where the record ends has the same wandb run; one that takes lines back has a run of its own, with all lines."""
+    starts = [(0, [train_record(1), eval_record(1), train_record(2)]), (2, [train_record(3)]), (1, [train_record(2, loss=0.25)])]
+    no_credentials.setattr("kto_ds.report.sinks.CLOSE_SECONDS", 60)  # for a machine that is busy
+    ids, files = [], []
+    for done_steps, records in starts:
+        with open_sinks(output_dir=tmp_path, total_steps=3, done_steps=done_steps, wandb=WandbConfig(mode="offline"), run_config={}) as sinks:
+            for record in records:
+                sinks.log(record)
+        ids.append((tmp_path / "wandb" / "run_id").read_text())
+        # offline-run-TIME-ID
+        [file] = {*(tmp_path / "wandb").glob("offline-run-*/*.wandb")} - {*files}
+        assert file.parent.name.split("-")[3] == ids[-1] and history_of(file) == [named(record) for record in read_records(tmp_path / "metrics.jsonl")]
+        files.append(file)
+    assert ids[0] == ids[1] != ids[2]
+    assert wandb_order(WandbConfig(), "online", output_dir=tmp_path, run_config={})["run_id"] == ids[2]
+
+
+@pytest.mark.parametrize(("done_steps", "is_kept"), [(2, True), (1, False), (0, False)])
+def test_a_start_without_wandb_tells_the_next_one_whether_its_run_still_fits(tmp_path, done_steps, is_kept):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_id").write_text("1234")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(train_record(step)) + "\n" for step in (1, 2)))
+    with open_sinks(output_dir=tmp_path, total_steps=3, done_steps=done_steps, wandb=WandbConfig(), run_config={}):
+        pass
+    assert (wandb_order(WandbConfig(), "online", output_dir=tmp_path, run_config={})["run_id"] == "1234") == is_kept
 
 
 def test_online_without_a_key_goes_offline_and_asks_nothing(tmp_path, no_credentials):
