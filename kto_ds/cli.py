@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
+from kto_ds.early import STOPPING, leave, leave_on_signals
 from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 from kto_ds.redaction import redact
 
@@ -84,8 +85,7 @@ def _own_option_hint(command: str, option: str) -> str:
 
 def program() -> None:
     """The `kto-ds` program: run the command line and end the process with the exit code; see errors.py for what the codes mean."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1):  # as SIGINT does; a run that has something to save hears them in its own way
-        signal.signal(signum, _interrupt)
+    leave_on_signals()
     try:
         exit_code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -96,9 +96,18 @@ def program() -> None:
         exit_code = EXIT_UNEXPECTED
     except KeyboardInterrupt:  # while it reported an error, after rank 0 did
         exit_code = EXIT_PREEMPTED
+    for signum in STOPPING:  # from which an interpreter on its way out takes the handlers, and what is done would look killed
+        signal.signal(signum, signal.SIG_IGN)
     if exit_code:
         # The threads of a process group that was not left can abort the interpreter on its way out, with an exit code of their own.
         os._exit(exit_code)
+
+
+def _unwind_on_signals() -> None:
+    """From here on a signal unwinds what is under way; a run that has something to save hears it in its own way. What is no program of its own stays as it is."""
+    for signum in STOPPING:
+        if signal.getsignal(signum) is leave:
+            signal.signal(signum, _interrupt)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -185,6 +194,7 @@ def _stage(command: str) -> Callable:
         if not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"
     module = importlib.import_module(f"kto_ds.stages.{command.replace('-', '_')}")
+    _unwind_on_signals()
     return module.main
 
 

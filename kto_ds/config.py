@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo,
 
 from kto_ds.config_data import DataConfig
 from kto_ds.config_types import Count, Folder, NonNegative, Positive, Section, Text, refuse_bool
-from kto_ds.redaction import has_userinfo
+from kto_ds.redaction import secret_in
 
 # A tag tells pydantic which of two types is meant, so that it explains one only. `explain` leaves the tags out again.
 Weight = Annotated[
@@ -181,8 +181,9 @@ class RunConfig(Section):
                 f"batch.global_batch_size: a step of {self.batch.global_batch_size} cannot hold a KL group of {self.data.kl_group_size} prompts; "
                 f"raise it to {self.data.kl_group_size} or more, or lower data.kl_group_size"
             )
-        if key := next((key for key, text in _texts(self.model_dump(mode="json")) if has_userinfo(text)), None):
-            raise ValueError(f"{key}: holds a URL with a user name or password, which would be written to the run's files; take it out, and log in by a variable or a file of the service")
+        for key, text in _texts(self.model_dump(mode="json")):
+            if secret := secret_in(text):
+                raise ValueError(f"{key}: holds {secret}, which would be written to the run's files; take it out, and log in by a variable or a file of the service")
         return self
 
     @property

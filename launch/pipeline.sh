@@ -4,17 +4,17 @@
 # NUM_RANKS: how many ranks; default: one for each visible GPU, or 1. MASTER_PORT: where they meet; default: 29500.
 set -euo pipefail
 
-[ $# -ge 1 ] || { echo "usage: $0 RUN.yaml [--section.key value ...]" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+[ $# -ge 1 ] || { echo "usage: $0 RUN.yaml [--section.key value ...]" >&2; exit 2; }
 config=$1
 shift
 ranks=$(num_ranks)
 
 echo "pipeline: prepare"
-python -m kto_ds prepare --config "$config" "$@"
+run python -m kto_ds prepare --config "$config" "$@"
 echo "pipeline: precompute-ref on $ranks rank(s)"
 run_ranks "$ranks" precompute-ref --config "$config" "$@"
 echo "pipeline: train on $ranks rank(s)"
 run_ranks "$ranks" train --config "$config" "$@"
 echo "pipeline: export"
-python -m kto_ds export --config "$config" "$@"
+run python -m kto_ds export --config "$config" "$@"

@@ -4,8 +4,8 @@
 # Asked to stop (SIGTERM, SIGINT, SIGUSR1), it saves and ends with 75; started again, it goes on.
 set -euo pipefail
 
-[ $# -ge 1 ] || { echo "usage: $0 RUN.yaml [--section.key value ...]" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+[ $# -ge 1 ] || { echo "usage: $0 RUN.yaml [--section.key value ...]" >&2; exit 2; }
 config=$1
 shift
 ranks=$(num_ranks)

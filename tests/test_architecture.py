@@ -18,8 +18,8 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 # A room is a folder of kto_ds, or a file of its top level. kto_ds itself holds only the version, and whoever needs it may have it.
 # cli -> stages -> {rows, data, model, runtime, report, demo} -> {staging, artifacts, config} -> errors, and what the last column says besides.
 ALLOWED = {
-    "__main__": {"cli"},
-    "cli": {"stages", "config", "config_text", "errors", "redaction"},
+    "__main__": {"cli", "early"},
+    "cli": {"stages", "config", "config_text", "early", "errors", "redaction"},
     "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "demo": {"artifacts", "config", "errors"},
     "report": {"artifacts", "config", "errors", "redaction"},
@@ -33,6 +33,7 @@ ALLOWED = {
     "config_data": {"config_types", "errors"},
     "config_types": set(),
     "config_text": {"config", "config_data", "errors", "redaction"},
+    "early": {"errors"},
     "errors": set(),
     "redaction": set(),
     "losses": set(),

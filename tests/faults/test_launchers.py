@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -116,24 +116,70 @@ def test_a_run_that_loses_a_rank_fails(tiny, tmp_path, kind, victim):
         record("R12", f"{kind}: kill -9 of a rank", injected=1, survived=1, seconds=seconds, stock=STOCK["kill -9 of a rank"] if kind == "deepspeed" else "")
 
 
+def has_trained(run: Path, script: psutil.Process) -> bool:
+    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 2
+
+
+def has_ranks(run: Path, script: psutil.Process) -> bool:
+    """The ranks are processes, and import what they need."""
+    return any(argument.startswith("--local_rank=") for process in script.children(recursive=True) for argument in process.cmdline())
+
+
+def has_launcher(run: Path, script: psutil.Process) -> bool:
+    return any("deepspeed" in argument for process in script.children(recursive=True) for argument in process.cmdline()[:2])
+
+
+def is_in_set_up(run: Path, script: psutil.Process) -> bool:
+    return (run / "ranks" / "rank1.json").exists()
+
+
+@contextmanager
+def script_started(tiny: Path, run: Path, has_come: Callable[[Path, psutil.Process], bool]) -> Iterator[tuple[psutil.Popen, Path]]:
+    """Start launch/single_node.sh, wait for a phase of it, and leave no process."""
+    command = ["bash", str(ROOT / "launch" / "single_node.sh"), str(tiny / "run.yaml"), *config_of(tiny, output_dir=run, **LONG)[2:]]
+    log = run.with_name("log")
+    with open(log, "wb") as file:
+        variables = {**environment(), "NUM_RANKS": "2", "MASTER_PORT": free_port()}
+        # A background job of a shell ignores SIGINT, and bash hands that on.
+        script = psutil.Popen(command, env=variables, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    began: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 180
+        came = False
+        while not came:
+            assert script.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                came = has_come(run, script)
+            time.sleep(0.05)
+        began = script.children(recursive=True)
+        yield script, log
+        assert not [process for process in began if is_alive(process.pid)], log.read_text()[-4000:]
+    finally:
+        for process in [*began, script]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        script.wait()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda signum: signum.name)
 def test_the_launch_script_hands_on_signals_and_exit_codes(tiny, tmp_path, signum):
     run = tmp_path / "run"
-    command = ["bash", str(ROOT / "launch" / "single_node.sh"), str(tiny / "run.yaml"), *config_of(tiny, output_dir=run, **LONG)[2:]]
-    with open(tmp_path / "log", "wb") as log:
-        script = subprocess.Popen(command, env={**environment(), "NUM_RANKS": "2", "MASTER_PORT": free_port()}, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 180
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-            assert script.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
-            time.sleep(0.2)
+    with script_started(tiny, run, has_trained) as (script, log):
         script.send_signal(signum)
         began = time.monotonic()
-        assert script.wait(ORPHAN_SECONDS) == 75, (tmp_path / "log").read_text()[-4000:]
+        assert script.wait(ORPHAN_SECONDS) == 75, log.read_text()[-4000:]
         assert status_of(run)["state"] == "preempted" and newest_intact(run) is not None
         record("R12", f"launch/single_node.sh: {signum.name}", injected=1, survived=1, seconds=time.monotonic() - began)
-    finally:
-        if script.poll() is None:
-            for process in [*psutil.Process(script.pid).children(recursive=True), script]:
-                with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("has_come", [has_launcher, has_ranks, is_in_set_up])
+@pytest.mark.parametrize("later", [0.0, 1.5])
+def test_the_launch_script_hands_on_signals_of_its_first_seconds(tiny, tmp_path, has_come, later):
+    run = tmp_path / "run"
+    with script_started(tiny, run, has_come) as (script, log):
+        time.sleep(later)
+        script.send_signal(signal.SIGUSR1)
+        began = time.monotonic()
+        assert script.wait(ORPHAN_SECONDS) == 75, log.read_text()[-4000:]
+        assert not (run / "status.json").exists() or status_of(run)["state"] == "preempted"
+        record("R12", f"launch/single_node.sh: SIGUSR1 once it {has_come.__name__.replace('_', ' ')}", injected=1, survived=1, seconds=time.monotonic() - began)

@@ -107,6 +107,37 @@ def test_a_config_value_with_a_password_in_a_url_is_refused_by_its_key(tmp_path,
     assert f"{where}: holds a URL" in printed.err and ON_THE_COMMAND_LINE not in printed.out + printed.err and "Traceback" not in printed.err
 
 
+# Secrets that show by their form, in pieces so that no scanner takes them for real ones.
+SHOWN_BY_FORM = [
+    "hf_" + "aB3" * 11, "wandb_v1_" + "aB_3" * 10, "ghp_" + "aB3" * 12, "github_pat_" + "aB_3" * 10, "glpat-" + "aB-3" * 5, "AKIA" + "ABCD2345" * 2,
+    "sk-" + "proj-" + "aB3" * 12, "eyJ" + "hbGciOiJIUzI1NiJ9" + ".eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0" + ".abc_DEF-123", "https://host/rows.jsonl?X-Amz-Signature=0a1b2c3d", "s3://host/a?x=1&token=abcdef",
+]  # fmt: skip
+ORDINARY = [
+    "Qwen/Qwen3-0.6B", "hf-internal-testing/tiny-random-LlamaForCausalLM", "0123456789abcdef0123456789abcdef01234567", "runs/sk-learn-models-of-many-kinds-seed7-2026", "hf://datasets/org/name@main/rows.parquet",
+    "data/token=1/key=abcdefgh/part-?.parquet", "rows-?.jsonl.gz", "desk-0123456789012345678901234567890123456789", "eyJ", "api_key questions, and what a token is", "<|im_start|>",
+]  # fmt: skip
+
+
+def config_with(tmp_path: Path, text: str) -> list[str]:
+    named = {"output_dir": "o", "model": {"path": "m"}, "report": {"wandb": {"name": text}}, "data": {"train": [{"path": "r.jsonl"}], "chat_template_kwargs": {"note": [text]}}}
+    (tmp_path / "run.yaml").write_text(json.dumps(named))
+    return ["--config", str(tmp_path / "run.yaml")]
+
+
+@pytest.mark.parametrize("text", SHOWN_BY_FORM, ids=lambda text: text[:12])
+def test_a_config_value_that_shows_to_be_a_secret_is_refused_whatever_the_environment(tmp_path, capsys, text):
+    assert cli.run(["prepare", *config_with(tmp_path, f"run of {text}")]) == 2
+    printed = capsys.readouterr()
+    assert ": holds a" in printed.err and text[-9:] not in printed.out + printed.err
+    assert text[-9:] not in redact(f"found '{text}' there") and redact(f"found '{text}' there").startswith("found '") and redact(f"found '{text}' there").endswith("' there")
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_config_values_are_no_secrets(tmp_path, capsys, text):
+    assert cli.run(["prepare", *config_with(tmp_path, text), "--print-config"]) == 0
+    assert redact(text) == text and HIDDEN not in capsys.readouterr().out
+
+
 def test_what_is_taken_for_a_secret(monkeypatch, tmp_path):
     for name in [name for name in os.environ if re.search("KEY|TOKEN|SECRET|PASS|CREDENTIAL", name)]:
         monkeypatch.delenv(name)

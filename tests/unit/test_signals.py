@@ -2,13 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from kto_ds.errors import Preempted, UserError
 from kto_ds.runtime.signals import STOPPING, WallTime, interruptible, listening, wall_seconds
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("0.5", 0.5), ("00:01:30", 90), ("1:00:00", 3600), ("2-03:04:05", 2 * 86400 + 3 * 3600 + 4 * 60 + 5)])
@@ -64,3 +69,33 @@ def test_a_single_process_is_interrupted_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("signum", STOPPING)
+@pytest.mark.parametrize("library", ["pydantic", "torch"])  # the first is imported ahead of `program`, the second by a stage
+def test_a_signal_during_imports_ends_with_75(tmp_path, library, signum):
+    """The library takes long, and any exception for something that it can do without, as some do."""
+    (tmp_path / f"{library}.py").write_text("import time\nprint('imports', flush=True)\ntry:\n    time.sleep(30)\nexcept BaseException:\n    pass\nraise SystemExit(9)\n")
+    (tmp_path / "run.yaml").write_text("output_dir: run\nmodel: {path: m}\ndata: {train: [{path: rows.jsonl}]}\n")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "kto_ds", "train", "--config", "run.yaml"]
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout.readline() == "imports\n"
+        started.send_signal(signum)
+        told = started.communicate(timeout=20)[1]
+    assert (started.returncode, told.count("\n")) == (75, 1) and f"{signum.name}: stopped before anything was begun" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("signum", STOPPING)
+def test_a_signal_on_the_way_out_changes_nothing(tmp_path, signum):
+    """The interpreter takes long to leave, as with many libraries in it."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nclass Slow:\n    def __del__(self, write=os.write, sleep=time.sleep):\n        write(1, b'leaves\\n')\n        sleep(1)\nslow = Slow()\n")
+    (tmp_path / "run.yaml").write_text("output_dir: run\nmodel: {path: m}\ndata: {train: [{path: rows.jsonl}]}\n")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "kto_ds", "train", "--config", "run.yaml", "--print-config"]
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, text=True, stdout=subprocess.PIPE) as started:
+        while started.stdout.readline() != "leaves\n":
+            assert started.poll() is None
+        started.send_signal(signum)
+        assert started.wait(20) == 0
