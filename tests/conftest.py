@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of, make_tiny_run
-from tests.faults import ranks
 from tests.faults.state import final_state
 
 

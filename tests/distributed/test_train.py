@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kto_ds.runtime.retention import list_checkpoints
+from tests.distributed import ranks
 from tests.distributed.runs import read_metrics, run_commands, write_zero
 from tests.distributed.tiny_run import RARE_TOKEN, config_of, status_of
-from tests.faults import ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tests.faults import ranks
+from tests.distributed import ranks
 
 SURVIVORS_SECONDS = 1.0  # what a rank has to notice that another one is gone, before its launcher ends it
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kto_ds.artifacts import seal
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.fed import go_back_to
 from tests.faults.state import newest_intact
 

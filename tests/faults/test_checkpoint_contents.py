@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kto_ds.artifacts import canonical_json, describe_folder, digest_of, read_manifest, seal
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.fed import go_back_to
 from tests.faults.ledger import tally
 from tests.faults.state import newest_intact, step_of

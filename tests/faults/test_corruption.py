@@ -17,8 +17,8 @@ import torch
 from kto_ds import cli
 from kto_ds.runtime.collectives import start
 from kto_ds.runtime.restore import newest_verified
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.injected import deny, messages
 from tests.faults.ledger import record, tally
 from tests.faults.state import checkpoints_of, final_state, step_of

@@ -9,8 +9,8 @@ import pytest
 from kto_ds.cli import read_config
 from kto_ds.data.batch_plan import BatchPlan, plan_batches
 from kto_ds.data.dataset import TokenizedSplit
+from tests.distributed import ranks
 from tests.distributed.tiny_run import NUM_STEPS, config_of
-from tests.faults import ranks
 from tests.faults.fed import fed_by_step, go_back_to, record_fed
 from tests.faults.ledger import tally
 

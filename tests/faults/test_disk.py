@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.ledger import tally
 from tests.faults.points import STAGED, Point, call_at, has_happened, mark
 from tests.faults.state import final_state, newest_intact, step_of

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import ranks
 from tests.distributed.tiny_run import SAVE_STEPS, config_of
-from tests.faults import ranks
 from tests.faults.ledger import tally
 from tests.faults.points import STAGED, TRAIN, Point, kill_once
 from tests.faults.state import checkpoints_of, final_state, newest_intact, step_of, steps_begun

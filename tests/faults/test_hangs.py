@@ -13,8 +13,8 @@ import torch
 
 from kto_ds.runtime import collectives
 from kto_ds.runtime import watch as watches
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of, status_of
-from tests.faults import ranks
 from tests.faults.fed import go_back_to
 from tests.faults.injected import at_point, happened_at, messages, stop_for_good
 from tests.faults.ledger import record

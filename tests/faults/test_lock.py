@@ -8,8 +8,8 @@ import time
 import pytest
 
 from kto_ds.runtime.watch import SETTLE_SECONDS
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.injected import at_point, happened_at, messages
 from tests.faults.ledger import record
 from tests.faults.points import Point

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.distributed import ranks
 from tests.distributed.runs import number_tokenizer
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.ledger import tally
 from tests.faults.points import Point, call_at
 from tests.faults.state import checkpoints_of, is_intact, steps_begun

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from kto_ds.runtime import engine as engines
 from kto_ds.stages import objective, step_work, train
+from tests.distributed import ranks
 from tests.distributed.runs import read_metrics, write_zero
 from tests.distributed.tiny_run import config_of, status_of, without_timings
-from tests.faults import ranks
 from tests.faults.injected import messages
 from tests.faults.ledger import record
 from tests.faults.state import checkpoints_of

@@ -15,9 +15,9 @@ from kto_ds import cli
 from kto_ds.artifacts import incomplete_path
 from kto_ds.data.keys import find
 from kto_ds.data.reference import read_shards
+from tests.distributed import ranks
 from tests.distributed.runs import number_tokenizer, write_config, write_rows, write_zero
 from tests.distributed.tiny_run import SAVE_STEPS, config_of
-from tests.faults import ranks
 from tests.faults.ledger import tally
 from tests.faults.state import final_state, newest_intact, step_of, steps_begun
 

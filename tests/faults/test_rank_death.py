@@ -9,8 +9,8 @@ import time
 import pytest
 
 from kto_ds.errors import NumericsError, UserError
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of, status_of
-from tests.faults import ranks
 from tests.faults.injected import at_point, happened_at, messages, send
 from tests.faults.ledger import record
 from tests.faults.points import Point

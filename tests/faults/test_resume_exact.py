@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
+from tests.distributed import ranks
 from tests.distributed.runs import write_zero
 from tests.distributed.tiny_run import NUM_STEPS, SAVE_STEPS, config_of
-from tests.faults import ranks
 from tests.faults.fed import go_back_to
 from tests.faults.ledger import tally
 from tests.faults.state import final_state

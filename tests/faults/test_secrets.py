@@ -14,8 +14,8 @@ import pytest
 from kto_ds import cli
 from kto_ds.redaction import HIDDEN, redact
 from kto_ds.stages import train
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of, status_of
-from tests.faults import ranks
 from tests.faults.ledger import record
 
 CANARIES = {name: f"canary{number}{'x7Qz9' * 8}" for number, name in enumerate(("WANDB_API_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD"))}

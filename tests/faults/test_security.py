@@ -18,9 +18,9 @@ import torch
 
 from kto_ds import cli
 from kto_ds.artifacts import MANIFEST, describe_folder, seal
+from tests.distributed import ranks
 from tests.distributed.runs import ROOT, environment
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.ledger import record
 
 

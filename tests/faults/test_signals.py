@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of, status_of
-from tests.faults import ranks
 from tests.faults.injected import at_point, happened_at, messages, send
 from tests.faults.ledger import record
 from tests.faults.points import Point

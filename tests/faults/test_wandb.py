@@ -16,8 +16,8 @@ import pytest
 from kto_ds.report import wandb_process
 from kto_ds.report.wandb_upload import named
 from kto_ds.stages import train
+from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of
-from tests.faults import ranks
 from tests.faults.ledger import record
 from tests.faults.state import final_state
 from tests.faults.wandb_files import history_of

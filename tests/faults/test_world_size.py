@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed import ranks
 from tests.distributed.runs import TINY_ZERO3, read_metrics
 from tests.distributed.tiny_run import NUM_STEPS, config_of
-from tests.faults import ranks
 from tests.faults.fed import fed_by_step, go_back_to, record_fed
 from tests.faults.ledger import tally
 from tests.faults.state import newest_intact

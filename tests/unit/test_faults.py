@@ -832,15 +832,18 @@ def test_no_mutation_of_a_shard_gets_through_unless_it_means_the_same(run, capsy
     chance = random.Random(count)
     whole = read_shards(run.shards)
     outcomes = {"refused": 0, "the same values": 0, "another log-prob that could be one": 0}
-    for number in range(count):
-        shard = run.shards[number % len(run.shards)]
-        with restored(shard, run.reference / MANIFEST):
-            content = shard.read_bytes()
-            while (changed := mutated(content, chance)) == content:
-                pass
-            shard.write_bytes(changed)
-            seal_again(run.reference, "reference", shard)
-            outcomes[outcome(run, capsys, whole)] += 1
+    with tally("R20", "shards of log-probs, mutated, with digests that fit: a message, or values that could be") as counts:
+        for number in range(count):
+            shard = run.shards[number % len(run.shards)]
+            counts.injected += 1
+            with restored(shard, run.reference / MANIFEST):
+                content = shard.read_bytes()
+                while (changed := mutated(content, chance)) == content:
+                    pass
+                shard.write_bytes(changed)
+                seal_again(run.reference, "reference", shard)
+                outcomes[outcome(run, capsys, whole)] += 1
+            counts.survived += 1
     assert sum(outcomes.values()) == count and outcomes["refused"] > 0.8 * count
     with capsys.disabled():
         print(f"\nmutations of shards: {outcomes}")

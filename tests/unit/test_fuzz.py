@@ -35,6 +35,7 @@ from kto_ds.errors import UserError
 from kto_ds.rows import blocks, json_rows
 from kto_ds.rows.records import RowRules
 from kto_ds.rows.sources import read_blocks
+from tests.faults.ledger import tally
 
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a message may have several lines
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
@@ -466,10 +467,17 @@ def test_files_of_any_rows_give_their_own_labels_or_a_message(case, tokenizer):
 
 
 @pytest.mark.slow
-@searched(8000)
-@given(case=cases())
-def test_very_many_files_of_any_rows_give_their_own_labels_or_a_message(case, tokenizer):
-    check_file(case, tokenizer)
+def test_very_many_files_of_any_rows_give_their_own_labels_or_a_message(tokenizer):
+    with tally("R20", "files of any rows, mutated: each label is a row's own, or the file is refused") as counts:
+
+        @searched(8000)
+        @given(case=cases())
+        def check(case):
+            counts.injected += 1
+            check_file(case, tokenizer)
+            counts.survived += 1
+
+        check()
 
 
 # the whole command, on fewer of them
@@ -512,6 +520,7 @@ def test_prepare_ends_in_an_artefact_or_one_message(num_cases, model, tmp_path):
     @searched(num_cases)
     @given(case=cases(), data=DATA, skip=st.booleans())
     def prepare(case, data, skip):
+        counts.injected += 1
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
         (folder / case.name).write_bytes(case.content)
@@ -525,8 +534,10 @@ def test_prepare_ends_in_an_artefact_or_one_message(num_cases, model, tmp_path):
         require_one_message(*found)
         assert (folder / "run" / "dataset" / "manifest.json").exists() == (found[0] == 0)
         event("prepared" if found[0] == 0 else "refused")
+        counts.survived += 1
 
-    prepare()
+    with tally("R20", "`prepare` on such files: an artefact or one message") as counts:
+        prepare()
 
 
 # configs
@@ -587,6 +598,7 @@ def test_a_config_is_refused_with_one_message_or_printed_as_it_is_read_again(num
     @searched(num_cases)
     @given(content=CHOICES.map(config_text), command=st.sampled_from(["prepare", "train"]))
     def print_config(content, command):
+        counts.injected += 1
         given_path.write_bytes(content)
         exit_code, out, err = run(command, str(given_path), "--print-config")
         require_one_message(exit_code, out, err)
@@ -596,5 +608,7 @@ def test_a_config_is_refused_with_one_message_or_printed_as_it_is_read_again(num
             printed_path.write_text(out, encoding="utf-8")
             assert run(command, str(printed_path), "--print-config") == (0, out, "")
             assert cli.read_config(command, ["--config", str(printed_path)])[0] == cli.read_config(command, ["--config", str(given_path)])[0]
+        counts.survived += 1
 
-    print_config()
+    with tally("R20", "configs, mutated: one message, or printed as they are read again") as counts:
+        print_config()
