@@ -93,8 +93,12 @@ def write_end(folder: Path, rank: int, end: End, *, token: str) -> None:
 def _replace(path: Path, content: dict) -> None:
     # Not synced: it tells living processes of living ones.
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_beat(folder: Path, peer: Peer) -> Beat | None:

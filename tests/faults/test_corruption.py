@@ -160,7 +160,7 @@ def flipped(path: Path) -> None:
     flip(path, random.Random(SEED))
 
 
-KINDS = {"model": "state/*rank_0*model_states.pt", "optimizer": "state/*rank_1*optim_states.pt", "generators": "rng.safetensors", "manifest": "manifest.json"}
+KINDS = {"model": "state/zero_pp_rank_0_*model_states.pt", "optimizer": "state/*rank_1*optim_states.pt", "generators": "rng.safetensors", "manifest": "manifest.json"}
 QUICK = {("optimizer", flipped), ("manifest", deleted)}
 
 
