@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 # What bounds the float32 logits [B, V] of a chunk, whatever V is. On the CPU speed is the same from 32 MiB to 128 (within 5 %, V 32k, D 256 and 1024).
-# On a GPU the weight gradient [V, D] is read and written once a chunk. On an H200 (V 152k, D 5120) chunks of four times as many bytes are 6 % faster,
-# of an eighth 2 to 3 times slower: docs/benchmarks/h200.md.
+# On a GPU the weight gradient [V, D] is read and written once a chunk. On an H200 (V 152k, D 5120) chunks of four times as many bytes are 10 % faster,
+# of an eighth 2.8 times slower: docs/benchmarks/h200.md.
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
 
