@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -148,14 +149,16 @@ def wait_for_all() -> None:
 def _wait_for(ranks: Iterable[int]) -> None:
     """Let the others know that this rank has come here, and wait for some of them, not in a collective, which gives up on a rank however busy it is.
 
-    Only the watch ends this, when the rank that is waited for makes no progress; where there is none, the collective behind this has to.
+    Only the watch ends this, when the rank that is waited for makes no progress. Where there is no watch, or the store is gone with the torchrun that kept it, the
+    collective behind this does the waiting.
     """
     store, pause = distributed_c10d._get_default_store(), 0.001
-    here = store.add(f"kto_ds/{dist.get_rank()}", 1)
-    for rank in ranks:
-        while store.add(f"kto_ds/{rank}", 0) < here and follow(rank):
-            time.sleep(pause)
-            pause = min(2 * pause, LOOK_SECONDS)
+    with suppress(dist.DistError):
+        here = store.add(f"kto_ds/{dist.get_rank()}", 1)
+        for rank in ranks:
+            while store.add(f"kto_ds/{rank}", 0) < here and follow(rank):
+                time.sleep(pause)
+                pause = min(2 * pause, LOOK_SECONDS)
 
 
 def barrier() -> None:
