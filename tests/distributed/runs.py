@@ -78,18 +78,6 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_commands(folder: Path, commands: list[list[str]], *, num_ranks: int) -> list[dict]:
-    """Run kto-ds commands one after the other on `num_ranks` ranks and return their results; see worker.py."""
-    commands_file, results_file = folder / f"commands{num_ranks}.json", folder / f"results{num_ranks}.json"
-    commands_file.write_text(json.dumps([[str(part) for part in command] for command in commands]))
-    done = launch([*launcher(num_ranks), str(ROOT / "tests" / "distributed" / "worker.py"), str(commands_file), str(results_file)])
-    assert results_file.exists(), done.stdout[-4000:]
-    results = json.loads(results_file.read_text())
-    failed = [(command, result) for command, result in zip(commands, results) if result["exit_code"]]
-    assert not failed, f"{failed}\n{done.stdout[-4000:]}"
-    return results
-
-
 def launch(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**environment(), **variables}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LAUNCH_SECONDS)
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kto_ds import cli
-from tests.distributed.runs import GOLDEN, conversation, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
+from tests.distributed.ranks import run_commands
+from tests.distributed.runs import GOLDEN, conversation, number_tokenizer, read_metrics, write_config, write_rows, write_zero
 
 TRACES = json.loads((GOLDEN / "trl_traces.json").read_text())
 STAGES = (0, 3)

@@ -13,7 +13,8 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import share_out
 from kto_ds.runtime.restore import Checkpoint, read_weights
 from kto_ds.runtime.retention import list_checkpoints
-from tests.distributed.runs import conversation, number_tokenizer, read_metrics, run_commands, write_config, write_rows, write_zero
+from tests.distributed.ranks import run_commands
+from tests.distributed.runs import conversation, number_tokenizer, read_metrics, write_config, write_rows, write_zero
 
 pytestmark = pytest.mark.distributed
 

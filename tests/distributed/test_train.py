@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from kto_ds.runtime.retention import list_checkpoints
 from tests.distributed import ranks
-from tests.distributed.runs import read_metrics, run_commands, write_zero
+from tests.distributed.runs import read_metrics, write_zero
 from tests.distributed.tiny_run import RARE_TOKEN, config_of, status_of
 
 pytestmark = pytest.mark.distributed
@@ -29,8 +29,8 @@ def test_one_process_group_of_runs(tiny, tmp_path):
             for stage in (0, 1, 2, 3)
         ),
     ]  # fmt: skip
-    run_commands(tmp_path, [["precompute-ref", *config_of(tiny, model__dtype="bfloat16", reference__artifact=tmp_path / "reference_bf16")]], num_ranks=1)
-    one, five, fraction, *_ = run_commands(tmp_path, commands, num_ranks=2)
+    ranks.run_commands(tmp_path, [["precompute-ref", *config_of(tiny, model__dtype="bfloat16", reference__artifact=tmp_path / "reference_bf16")]], num_ranks=1)
+    one, five, fraction, *_ = ranks.run_commands(tmp_path, commands, num_ranks=2)
     assert fraction["invalidations"] == five["invalidations"] == one["invalidations"], "the parameter trace is thrown away after step 1"
     assert not (tmp_path / "trace1" / "profile" / "rank0.json.gz").exists(), "no step was recorded"
     require_profile_of_three_steps(tmp_path / "trace5" / "profile" / "rank0.json.gz")

@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kto_ds import cli
-from tests.distributed.runs import conversation, number_tokenizer, read_metrics, run_commands, write_config, write_rows
+from tests.distributed.ranks import run_commands
+from tests.distributed.runs import conversation, number_tokenizer, read_metrics, write_config, write_rows
 
 pytestmark = pytest.mark.distributed
 

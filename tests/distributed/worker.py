@@ -41,4 +41,4 @@ def main(commands_file: str, results_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    main(*sys.argv[1:])

@@ -110,6 +110,7 @@ def test_a_changed_config_is_refused_or_takes_effect(tiny, unbroken, tmp_path):
     assert [rate for rate in rates if rate][-1] == pytest.approx([rate for rate in before if rate][-1] / 2, rel=1e-12), "half the peak, the same schedule"
 
 
+@pytest.mark.slow
 def test_the_best_step_is_saved_kept_and_exported(tiny, tmp_path):
     run = tmp_path / "run"
     settings = config_of(tiny, output_dir=run, checkpoint__metric_for_best_model="eval/logps/chosen", checkpoint__greater_is_better="true", eval__eval_steps=3, checkpoint__save_steps=2)

@@ -184,6 +184,7 @@ def start_a_wandb_that_never_ends(rank: int, *, folder: Path, faults: dict[int, 
     sys.executable = str(program)
 
 
+@pytest.mark.slow
 def test_rank_0_tells_it_without_waiting_for_wandb(tiny, tmp_path):
     before = partial(start_a_wandb_that_never_ends, folder=tmp_path, faults={3: LOSS}, notes=tmp_path)
     exit_codes, output = ranks.run(["train", *config_of(tiny, output_dir=tmp_path / "run", report__wandb__mode="offline")], log=tmp_path / "log", before=before)

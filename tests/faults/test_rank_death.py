@@ -63,6 +63,7 @@ def kill_and_ask_the_other(pids) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_launchers_signal_after_a_death_is_no_preemption(tiny, tmp_path):
     before = functools.partial(at_point_and_note_pid, point=STEP_6, victims=(1,), action=functools.partial(kill_and_ask_the_other, tmp_path), folder=tmp_path)
     exit_codes, output = ranks.run(["train", *config_of(tiny, output_dir=tmp_path / "run")], log=tmp_path / "log", before=before)

@@ -22,7 +22,7 @@ SAVE_4 = Point("in a save", "deepspeed.runtime.engine.DeepSpeedEngine.save_check
 EVALUATION_4 = Point("in an evaluation", "kto_ds.stages.objective.evaluate_split", nth=1)
 # where the signal comes, and the step that the run ends with
 PLACES = {STEP_5: 5, SAVE_4: 4, EVALUATION_4: 4}
-FAST = [(signal.SIGTERM, (1,), STEP_5), (signal.SIGUSR1, BOTH, SAVE_4), (signal.SIGINT, (0,), EVALUATION_4)]
+FAST = [(signal.SIGTERM, (1,), STEP_5), (signal.SIGUSR1, BOTH, SAVE_4)]
 ALL = [(signum, victims, point) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for victims in ((0,), (1,), BOTH) for point in PLACES]
 CASES = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow, id=f"{case[0].name}-to-{case[1]}-{case[2].phase}") for case in ALL]
 
@@ -89,6 +89,7 @@ def test_a_signal_in_set_up_ends_all_ranks_with_nothing_to_save(tiny, tmp_path, 
     assert status_of(run)["state"] == "preempted" and not checkpoints_of(run)
 
 
+@pytest.mark.slow
 def test_wall_time_saves_and_stops(tiny, unbroken, tmp_path):
     """The set-up alone takes longer than the limit, so that the first step is the last."""
     run = tmp_path / "run"

@@ -98,6 +98,7 @@ def require_given_up(pid: int, *, within: float) -> None:
     assert not alive, alive
 
 
+@pytest.mark.slow
 def test_no_key_and_nobody_to_ask(tiny, unbroken, tmp_path, no_credentials):
     output = train_beside(tiny, tmp_path / "run", **no_credentials)
     require_same(unbroken, tmp_path / "run", output, warning="no API key")
@@ -155,6 +156,7 @@ def limited_python(rank: int, *, folder: Path) -> None:
     sys.executable = str(wrapper)
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_its_folder(tiny, unbroken, tmp_path, no_credentials):
     a_file_in_its_place(tmp_path / "run")
     output = train_beside(tiny, tmp_path / "run", mode="offline", **no_credentials)
