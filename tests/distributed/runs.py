@@ -2,14 +2,11 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -80,18 +77,6 @@ def free_port() -> str:
 
 def launch(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**environment(), **variables}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LAUNCH_SECONDS)
-
-
-def launch_and_kill(command: list[str], *, when: Path) -> None:
-    """Start a run and kill -9 it with all its processes once the path `when` exists."""
-    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
-        deadline = time.monotonic() + LAUNCH_SECONDS
-        while not when.exists():
-            assert runner.poll() is None, f"the run ended before {when} appeared"
-            assert time.monotonic() < deadline, f"{when} did not appear"
-            time.sleep(0.02)
-        for process in [*psutil.Process(runner.pid).children(recursive=True), runner]:
-            os.kill(process.pid, signal.SIGKILL)
 
 
 def read_metrics(run: Path, split: str = "train") -> list[dict]:
