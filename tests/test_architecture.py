@@ -23,7 +23,7 @@ ALLOWED = {
     "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "demo": {"artifacts", "config", "errors"},
     "report": {"artifacts", "config", "errors", "redaction"},
-    "runtime": {"artifacts", "staging", "config", "errors", "redaction"},
+    "runtime": {"artifacts", "staging", "config", "early", "errors", "redaction"},  # early: which signals stop
     "model": {"artifacts", "config", "errors"},
     "data": {"rows", "artifacts", "config", "errors"},
     "rows": {"config_data", "errors"},

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import psutil
 
+from kto_ds.early import STOPPING
 from kto_ds.errors import Preempted, UserError
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WALL_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
