@@ -3,6 +3,7 @@
     step-00000120/                 sealed by its manifest; counts
     step-00000120.corrupt.1/       was found damaged and set aside; never counts, never deleted
     .tmp-*, .universal-*, .del-*   being written, being loaded, being deleted; of no worth once their run has ended
+    .*.tmp, also in a checkpoint   a file being written, of no worth either
     latest                         name of the newest one, for people; nothing reads it
 """
 
@@ -16,7 +17,7 @@ from kto_ds.errors import Unreadable, UserError, reading
 
 KIND = "checkpoint"
 NAME = re.compile(r"step-(\d{8})")
-LEFTOVERS = (".tmp-*", ".universal-*", ".del-*")
+LEFTOVERS = (".tmp-*", ".universal-*", ".del-*", ".*.tmp", "step-*/.*.tmp")
 
 
 def folder_name(step: int) -> str:
@@ -63,7 +64,10 @@ def sweep(root: Path) -> None:
     """Delete what a killed run left half-written or half-deleted. Only under the lock of the run."""
     for pattern in LEFTOVERS:
         for path in root.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, mark: str = "") -> None:

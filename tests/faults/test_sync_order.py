@@ -14,18 +14,38 @@ from tests.faults.ledger import tally
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-CALL = re.compile(r"(?:\[pid +\d+\] |\d+ +)?(?P<call>fsync|fdatasync|rename|renameat|renameat2)\((?P<rest>.*)\) += 0")
+CALL = re.compile(r"\d+ +(?P<call>fsync|fdatasync|rename|renameat|renameat2)\((?P<rest>.*)\) += 0")
+UNFINISHED, RESUMED = re.compile(r"((\d+) .*?) *<unfinished \.\.\.>"), re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)")
 
 
 def calls_of(trace: Path) -> list[tuple[str, ...]]:
-    """Return ("sync", path) and ("rename", from, to) in the order of the calls."""
+    """Return ("sync", path) and ("rename", from, to) in the order in which the calls ended."""
     found: list[tuple[str, ...]] = []
+    begun: dict[str, str] = {}  # by thread: a call during which another thread made one stands in two lines
     for line in trace.read_text(errors="replace").splitlines():
+        if match := UNFINISHED.match(line):
+            begun[match[2]] = match[1]
+            continue
+        if match := RESUMED.match(line):
+            line = begun.pop(match[1], "") + match[2]
         if match := CALL.match(line):
             paths = re.findall(r'<([^<>]*)>|"([^"]*)"', match["rest"])
             names = [one or two for one, two in paths]
             found.append(("sync", names[0]) if "sync" in match["call"] else ("rename", *[name for name in names if name][-2:]))
     return found
+
+
+def test_calls_are_read_in_the_order_in_which_they_ended(tmp_path):
+    (tmp_path / "trace").write_text(
+        '12 fsync(5</run/a file> <unfinished ...>\n'
+        '13 rename("/run/x", "/run/y") = 0\n'
+        '12 <... fsync resumed>)             = 0\n'
+        '13 fsync(6</run/b>)  = -1 EIO (Input/output error)\n'
+        '13 fsync(6</run/c> <unfinished ...>\n'
+        '12 fdatasync(5</run/d>) = 0\n'
+        '13 <... fsync resumed>) = -1 EIO (Input/output error)\n'
+    )  # fmt: skip
+    assert calls_of(tmp_path / "trace") == [("rename", "/run/x", "/run/y"), ("sync", "/run/a file"), ("sync", "/run/d")]
 
 
 def test_everything_is_on_disk_before_its_name_counts(tiny, tmp_path):

@@ -150,7 +150,11 @@ def test_only_what_is_half_written_or_half_deleted_is_swept(tmp_path):
     kept = [checkpoint(tmp_path, 4), tmp_path / "step-00000002.corrupt.1", tmp_path / "notes"]
     for path in [*kept[1:], *(tmp_path / name for name in (".tmp-step-00000006", ".del-step-00000002", ".universal-step-00000004", ".tmp-universal-step-00000004"))]:
         (path / "state").mkdir(parents=True)
+    for half_written in (tmp_path / ".latest.77.tmp", kept[0] / ".manifest.json.77.tmp"):
+        half_written.write_text("step")
+    whole = sorted(path.name for path in kept[0].iterdir() if not path.name.endswith(".tmp"))
     sweep(tmp_path)
+    assert sorted(path.name for path in kept[0].iterdir()) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in kept)
 
 
