@@ -25,6 +25,8 @@ from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Pr
 from kto_ds.redaction import redact
 
 COMMANDS = {
+    "plan": "parameters, memory, disk and time of the run on a kind of GPU, before anything is started",
+    "doctor": "what would go wrong with a run on these machines (start it with deepspeed for several ranks)",
     "prepare": "rows -> tokens, KL groups -> dataset artefact",
     "inspect": "what lies in the artefacts: examples, pairs, reference log-probs, and how a step is packed",
     "precompute-ref": "reference model -> log-probs on disk (start it with deepspeed for several ranks)",
@@ -35,9 +37,19 @@ COMMANDS = {
     "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("prepare", "inspect", "export", "verify", "report", "demo")
+SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
+    "plan": {
+        "gpu": ("H100", "kind of GPU, such as A100-80, H100, H200 or B200"),
+        "num_gpus": (0, "number of GPUs, and exit 2 where the run does not fit on them; 0: 8, 16, 32 and 64"),
+        "plot": (None, "file for a picture (PNG) of the memory by part"),
+        "json": (False, "print the plan as JSON"),
+    },
+    "doctor": {
+        "quick": (False, "leave out the dry run: a step, a save and a resume with the run's own model"),
+        "timeout_seconds": (120, "longest wait for all ranks to come, and for each kind of collective"),
+    },
     "inspect": {
         "split": ("train", "split of the dataset artefact"),
         "num_rows": (5, "examples of each label that are shown"),
@@ -49,7 +61,10 @@ OWN_OPTIONS = {
         "accept_changes": (False, "go on from the checkpoint although optim or the number of steps has changed since"),
         "max_wall_time": (None, "save and stop before so much time has passed since the start: seconds, or [D-]HH:MM:SS"),
     },
-    "export": {"checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N")},
+    "export": {
+        "checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N"),
+        "merge": (False, "of a run with model.lora: write the whole model with the adapters in its weights, to <output_dir>/merged"),
+    },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }
 OWN = "own "  # ahead of their names while the config is parsed

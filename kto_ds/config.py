@@ -17,6 +17,30 @@ Weight = Annotated[
 ]
 
 
+class LoraConfig(Section):
+    """Adapters in place of full fine-tuning; the keys are those of peft.LoraConfig."""
+
+    r: Count = Field(16, description="rank of the adapters")
+    lora_alpha: Count = Field(32, description="the product of an adapter is scaled by lora_alpha / r")
+    lora_dropout: Literal[0] = Field(0, description="dropout is off everywhere, so that policy and reference can be compared: only 0")
+    target_modules: Annotated[list[Text], Field(min_length=1)] = Field(
+        ["all-linear"], description="names, or ends of names, of the linear layers that get an adapter; all-linear: every one but the head"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_targets(cls, value: list[str]) -> list[str]:
+        if "all-linear" in value and len(value) > 1:
+            raise ValueError("all-linear stands for every layer; leave it out, or the names beside it")
+        return value
+
+
 class ModelConfig(Section):
     path: Text = Field(description="folder or hub name of the policy before training")
     revision: str | None = Field(None, description="hub revision, best a commit hash")
@@ -28,8 +52,16 @@ class ModelConfig(Section):
     gradient_checkpointing_every: Count = Field(1, description="checkpoint every k-th decoder layer: 1 all of them, 2 half; fewer are faster and take more memory")
     gradient_checkpointing_offload: bool = Field(False, description="inputs of checkpointed layers wait for backward in host memory")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only for sources you trust")
-    lora: None = Field(None, description="adapters: not available yet, only null")
-    router_aux_loss_coef: None = Field(None, description="mixture-of-experts balance: not available yet, only null")
+    lora: LoraConfig | None = Field(None, description="train adapters and leave the weights as they are; null: full fine-tuning")
+    load_in_4bit: bool = Field(False, description="hold the weights below the adapters in 4 bits (QLoRA: NF4, by bitsandbytes); only with model.lora, on CUDA")
+    router_aux_loss_coef: NonNegative | None = Field(None, description="weight of the load-balancing loss of a mixture of experts; null: as the model's own config says, 0: none")
+
+    @field_validator("load_in_4bit")
+    @classmethod
+    def _check_4bit(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("lora", "") is None:
+            raise ValueError("weights of 4 bits take no gradient, only adapters on them do; set model.lora, such as model: {lora: {r: 16}}, or leave this key out")
+        return value
 
     @field_validator("gradient_checkpointing_every", "gradient_checkpointing_offload")
     @classmethod
@@ -78,6 +110,10 @@ class BatchConfig(Section):
     max_tokens_per_microbatch: Count = Field(8192, description="token budget of one forward and backward on one rank; rows are filled up by 1/64 at most")
     max_tokens_per_scoring_microbatch: Count | None = Field(
         None, description="token budget of one forward without gradients on one rank, for mismatched pairs and evaluation; default twice max_tokens_per_microbatch"
+    )
+
+    sequence_parallel_size: Count = Field(
+        1, description="ranks that share the tokens of each micro-batch (DeepSpeed Ulysses), which then holds so many times max_tokens_per_microbatch: for rows too long for one GPU"
     )
 
     @property
@@ -196,10 +232,15 @@ class RunConfig(Section):
 
     @property
     def starts_from_reference(self) -> bool:
-        """Whether policy and reference are one model before the first update."""
+        """Whether policy and reference are one model before the first update. A reference that is named is read in full, not in 4 bits."""
         own = self.model.path, self.model.revision
-        return self.reference.path is None or (str(Path(self.reference.path)), self.reference.revision) == (str(Path(own[0])), own[1])
+        is_named = self.reference.path is not None and (str(Path(self.reference.path)), self.reference.revision) == (str(Path(own[0])), own[1])
+        return self.reference.path is None or is_named and not self.model.load_in_4bit
 
     @property
     def export_dir(self) -> Path:
         return self.output_dir / "export"
+
+    @property
+    def merged_dir(self) -> Path:
+        return self.output_dir / "merged"

@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import UnionType
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -116,8 +118,10 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
     """Yield every dotted key of the config, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        # A section that may be null is a union.
+        for kind in get_args(field.annotation) if isinstance(field.annotation, UnionType) else [field.annotation]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
 
 
 def nearest_key(key: str, as_option: bool = False) -> str:

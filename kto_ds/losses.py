@@ -38,6 +38,16 @@ def kto_terms(
     return KTOTerms(losses=losses, rewards=beta * logratios.detach())
 
 
+def load_balancing_loss(shares: Tensor, probabilities: Tensor) -> Tensor:
+    """Return N * sum(shares * probabilities), which is least when all N experts are used alike (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
+
+    `shares` [N]: how often a token goes to each expert; `probabilities` [N]: the router's, mean over tokens. Only the latter carry a gradient,
+    and the loss is linear in them: parts of a step add up, once the shares of the whole step are known.
+    """
+    assert shares.shape == probabilities.shape and shares.dim() == 1, f"expected [N] and [N], found {shares.shape} and {probabilities.shape}"
+    return len(shares) * (shares.detach() * probabilities).sum()
+
+
 class ReferencePoint(NamedTuple):
     kl: Tensor  # [] float32, z = max(0, mean): what the loss uses
     raw: Tensor  # [] the mean before the clamp

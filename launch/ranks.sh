@@ -5,7 +5,8 @@
 # shellcheck shell=bash
 
 signals=0 # that have come
-job=''    # process group of the command that runs
+job=''    # the command that runs
+read -r launch </proc/sys/kernel/random/uuid # by which its processes are known, on every host: KTO_LAUNCH in their environment
 trap 'signals=$((signals + 1)); hand_on' TERM INT USR1
 
 # The number of ranks: NUM_RANKS, or one for each visible GPU, or 1.
@@ -21,6 +22,7 @@ run() {
     # Who has no handler ignores SIGUSR1: DeepSpeed's own processes, which would hide the ranks' exit code if a signal ended them.
     (
         trap '' USR1
+        export KTO_LAUNCH=$launch
         exec "$@"
     ) &
     job=$!
@@ -42,25 +44,32 @@ run_ranks() {
     run deepspeed --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
 }
 
-hand_on() {
-    local listening=''
-    while [ -z "$listening" ] && [ -n "$job" ] && kill -0 "$job" 2>/dev/null; do
-        listening=$(listeners)
-        # shellcheck disable=SC2086
-        if [ -n "$listening" ]; then kill -USR1 $listening || true; else sleep 0.2; fi
-    done 2>/dev/null
+# use_interface NAME: let collectives go through this interface of the host; nothing for an empty name.
+use_interface() {
+    [ -n "$1" ] || return 0
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$1}
+    # NCCL finds a good one by itself, InfiniBand first.
+    [ -z "${INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$1}
 }
 
-# Print the processes of the job that have a handler for SIGUSR1; a copy of this shell, which has not yet become the command, is none of them.
-listeners() {
-    local folder fields caught
-    for folder in /proc/[0-9]*; do
-        {
-            read -r fields <"$folder/stat"
-            read -r _ _ fields _ <<<"${fields##*) }"
-            [ "$fields" = "$job" ] && [ ! "$folder/exe" -ef "/proc/$$/exe" ] || continue
-            caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "$folder/status")
-            (((16#${caught:-0} >> 9) & 1)) && echo "${folder#/proc/}"
-        } 2>/dev/null || true
+hand_on() {
+    while [ -n "$job" ] && kill -0 "$job" 2>/dev/null && ! signal_listeners "$launch"; do
+        sleep 0.2
     done
+}
+
+# signal_listeners LAUNCH: send SIGUSR1 to those processes of a launch on this host that have a handler for it; fail where none has.
+signal_listeners() {
+    local file caught listening=()
+    while read -r file; do
+        # Hosts may be network namespaces of one machine.
+        [ "${file%environ}ns/net" -ef /proc/self/ns/net ] || continue
+        caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "${file%environ}status" 2>/dev/null) || continue
+        if (((16#${caught:-0} >> 9) & 1)); then
+            file=${file#/proc/}
+            listening+=("${file%/environ}")
+        fi
+    done < <(grep -lzsxF "KTO_LAUNCH=$1" /proc/[0-9]*/environ)
+    [ ${#listening[@]} -gt 0 ] || return 1
+    kill -USR1 "${listening[@]}" 2>/dev/null || true # one may have ended since
 }

@@ -16,12 +16,13 @@ FILES = sorted((ROOT / "kto_ds").rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A room is a folder of kto_ds, or a file of its top level. kto_ds itself holds only the version, and whoever needs it may have it.
-# cli -> stages -> {rows, data, model, runtime, report, demo} -> {staging, artifacts, config} -> errors, and what the last column says besides.
+# cli -> stages -> {rows, data, model, runtime, report, demo, doctor} -> {staging, artifacts, config} -> errors, and what the last column says besides.
 ALLOWED = {
     "__main__": {"cli", "early"},
     "cli": {"stages", "config", "config_text", "early", "errors", "redaction"},
-    "stages": {"rows", "data", "model", "runtime", "report", "demo", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
+    "stages": {"rows", "data", "model", "runtime", "report", "demo", "doctor", "losses", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "demo": {"artifacts", "config", "errors"},
+    "doctor": {"config", "errors", "redaction"},
     "report": {"artifacts", "config", "errors", "redaction"},
     "runtime": {"artifacts", "staging", "config", "early", "errors", "redaction"},  # early: which signals stop
     "model": {"artifacts", "config", "errors"},
@@ -50,15 +51,18 @@ HAND_OVERS = {
     ("model.scoring", "data.packing"),  # Layout, MicroBatch
     ("runtime.engine", "data.batch"),  # Batch
     ("runtime.engine", "model.policy"),  # Policy
+    ("runtime.engine", "model.routers"),  # RouterLoad
 }
 # A stage is one sub-command; these files hold what several of them share.
 SHARED_BY_STAGES = {
-    "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.resume", "stages.run", "stages.serving", "stages.step_work",
+    "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.rehearsal", "stages.resume",
+    "stages.run", "stages.serving", "stages.step_work",
 }  # fmt: skip
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),
-    "torch.distributed": ("kto_ds/runtime/collectives.py",),
+    "torch.distributed": ("kto_ds/runtime/collectives.py", "kto_ds/runtime/probes.py"),
+    "peft": ("kto_ds/model/lora.py",),
     "wandb": ("kto_ds/report/wandb_upload.py",),
     "ruamel": ("kto_ds/config_text.py",),
     "argparse": ("kto_ds/cli.py",),

@@ -4,6 +4,7 @@ Legend: T input tokens, R rows, L padded row length, S sequences (pairs), C comp
 TK key/value tokens of all segments. Packed layouts have one row: [R, L] = [1, T], of a length that `row_length` rounds up to.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -39,11 +40,18 @@ class Batch:
     predictors: Tensor  # [C] int64, flat input position whose hidden state predicts a completion token
     targets: Tensor  # [C] int64
     completion_lengths: Tensor  # [S] int64, which add up to C: the tokens of a sequence lie together
+    uses: Tensor  # [R, L] float32, how many of the scored pairs a token belongs to; 0 in what fills rows up, and in all of a filler
     pair_ids: np.ndarray  # [S], on the host; empty in a filler, whose forward scores one sequence and keeps none
+    part: int = 0  # of a row whose tokens several ranks share: which of its parts this is
 
     @property
     def num_pairs(self) -> int:
         return len(self.pair_ids)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the log-probs go into sums over all ranks: those of a shared row come out on every rank that has a part of it."""
+        return self.part == 0
 
     def pinned(self) -> "Batch":
         """Return a copy in page-locked memory, so that `to` has nothing left to do but the copy to the GPU."""
@@ -69,29 +77,51 @@ def _with_tensors(record, change: Callable[[Tensor], Tensor]):
     return replace(record, **changed)
 
 
-def make_batch(micro_batch: MicroBatch, split: TokenizedSplit, layout: Layout) -> Batch:
-    """Lay a micro-batch out; an empty one becomes a filler that runs the model on two tokens and returns no log-prob."""
-    if not micro_batch:
+def make_batch(micro_batch: MicroBatch, split: TokenizedSplit, layout: Layout, *, num_parts: int = 1) -> Batch:
+    """Lay a micro-batch out; an empty one becomes a filler that runs the model on two tokens and returns no log-prob.
+
+    With several parts the length of the row, packed then, is a multiple of their number.
+    """
+    if micro_batch:
+        rows = [(split.prompt(unit.prompt), [split.completion(pair) for pair in unit.pairs]) for unit in micro_batch]
+    else:
         token = split.prompt_tokens[:1]
-        filler = _LAYOUTS[layout]([(token, [token])])
-        return replace(filler, pair_ids=np.empty(0, dtype=np.int64))
-    rows = [(split.prompt(unit.prompt), [split.completion(pair) for pair in unit.pairs]) for unit in micro_batch]
-    pair_ids = np.array([pair for unit in micro_batch for pair in unit.pairs])
-    return replace(_LAYOUTS[layout](rows), pair_ids=pair_ids)
+        rows = [(token, [token])]
+    batch = _padded(rows) if layout == "padded" else _packed(rows, num_parts)
+    uses = batch.uses if micro_batch else torch.zeros_like(batch.uses)
+    return replace(batch, uses=uses, pair_ids=np.array([pair for unit in micro_batch for pair in unit.pairs], dtype=np.int64))
+
+
+def part_of(batch: Batch, part: int, num_parts: int) -> Batch:
+    """Return one of `num_parts` equal parts of a packed row, with the completion tokens that it predicts; the segments stay those of the whole row."""
+    length = batch.input_ids.shape[1] // num_parts
+    tokens = slice(part * length, (part + 1) * length)
+    own = (batch.predictors >= tokens.start) & (batch.predictors < tokens.stop)  # [C]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, tokens],
+        position_ids=batch.position_ids[:, tokens],
+        uses=batch.uses[:, tokens],
+        predictors=batch.predictors[own] - tokens.start,
+        targets=batch.targets[own],
+        completion_lengths=torch.stack([sequence.sum() for sequence in own.split(batch.completion_lengths.tolist())]),
+        part=part,
+    )
 
 
 # A row is a prompt and the completions behind it.
 Row = tuple[np.ndarray, list[np.ndarray]]
 
 
-def _packed(rows: list[Row]) -> Batch:
+def _packed(rows: list[Row], num_parts: int) -> Batch:
     """One after the other; a unit's prompt stands once, before all of its completions. What fills the row up is a segment by itself, and not scored."""
-    tokens, positions, predictors, lengths = [], [], [], []
+    tokens, positions, predictors, lengths, uses = [], [], [], [], []
     query_lengths, key_index, key_lengths = [], [], []
     start = 0  # input position of the current unit
     for prompt, completions in rows:
         size = len(prompt)
         tokens += [prompt, *completions]
+        uses += [np.full(size, len(completions)), np.ones(sum(map(len, completions)))]
         positions.append(np.arange(size))
         prompt_positions = np.arange(start, start + size)
         if len(completions) > 1:
@@ -110,8 +140,9 @@ def _packed(rows: list[Row]) -> Batch:
             key_index += [prompt_positions, own]
             at += len(completion)
         start = at
-    if filling := row_length(start) - start:
+    if filling := row_length(start, num_parts) - start:
         tokens.append(np.zeros(filling, dtype=np.int64))
+        uses.append(np.zeros(filling))
         positions.append(np.arange(filling))
         query_lengths.append(filling)
         key_lengths.append(filling)
@@ -135,13 +166,17 @@ def _packed(rows: list[Row]) -> Batch:
         predictors=_tensor(predictors),
         targets=_tensor([completion for _, completions in rows for completion in completions]),
         completion_lengths=torch.tensor(lengths),
+        uses=_tensor(uses)[None].float(),
         pair_ids=np.arange(len(lengths)),
     )
 
 
-def row_length(tokens: int) -> int:
-    """Return the length, `tokens` or a little more, of a packed row that holds so many tokens; it has few leading bits, and zeros behind them."""
-    step = 1 << max(0, tokens.bit_length() - LENGTHS_PER_DOUBLING.bit_length())
+def row_length(tokens: int, num_parts: int = 1) -> int:
+    """Return the length, `tokens` or a little more, of a packed row that holds so many tokens; it has few leading bits, and zeros behind them.
+
+    It is a multiple of `num_parts`.
+    """
+    step = math.lcm(num_parts, 1 << max(0, tokens.bit_length() - LENGTHS_PER_DOUBLING.bit_length()))
     return -(-tokens // step) * step
 
 
@@ -165,6 +200,7 @@ def _padded(rows: list[Row]) -> Batch:
         predictors=_tensor(predictors),
         targets=_tensor([completion for _, completion in sequences]),
         completion_lengths=torch.tensor([len(completion) for _, completion in sequences]),
+        uses=attention_mask.float(),
         pair_ids=np.arange(len(sequences)),
     )
 
@@ -175,6 +211,3 @@ def _tensor(parts: list[np.ndarray]) -> Tensor:
 
 def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-_LAYOUTS = {"prefix_shared": _packed, "packed": _packed, "padded": _padded}

@@ -203,10 +203,12 @@ def _padded_runs(units: list[Unit], num_runs: int, max_tokens: int) -> list[Micr
     return cut(high)
 
 
-def require_fit(longest_tokens: int, max_tokens: int, where: str) -> None:
-    if longest_tokens > max_tokens:
+def require_fit(longest_tokens: int, max_tokens: int, where: str, *, group_size: int = 1) -> None:
+    """Refuse a split whose longest sequence has no room in a micro-batch of `max_tokens` on each of `group_size` ranks; `where` is that budget's key."""
+    if longest_tokens > max_tokens * group_size:
+        share = "" if group_size == 1 else f" on {group_size} ranks"
         raise UserError(
-            f"the longest sequence has {longest_tokens} tokens, a micro-batch takes only {max_tokens}",
+            f"the longest sequence has {longest_tokens} tokens, a micro-batch{share} takes only {max_tokens * group_size}",
             where=where,
-            remedy=f"raise {where} to {longest_tokens} or more, or lower data.max_length and run kto-ds prepare again",
+            remedy=f"raise {where} to {math.ceil(longest_tokens / group_size)} or more, or lower data.max_length and run kto-ds prepare again",
         )

@@ -1,7 +1,7 @@
 """Activation checkpointing: which decoder layers run again in backward, and where their inputs wait until then.
 
 Checkpoints are never reentrant. Elsewhere the reentrant kind is chosen for ZeRO-3; and with LoRA it needs inputs that are made to require a
-gradient, as frozen embeddings give none. Here neither needs it. On 2 ranks under ZeRO-3, weights partitioned and gathered, the gradients were those without
+gradient, as frozen embeddings give none. Here neither needs it (leaf modules do: runtime/engine.py). On 2 ranks under ZeRO-3, weights partitioned and gathered, the gradients were those without
 checkpoints to the bit, with decoder layers as leaf modules too, for every layer and every second, with and without offload, and no parameter
 trace was thrown away; tests/distributed/test_split_invariance.py watches over one of these.
 """

@@ -1,20 +1,23 @@
 """Floating-point operations that a step needs, and how fast a device could do them at best: the two sides of MFU.
 
 A multiplication with its addition counts as two operations. Counted are the layers' matrices, causal attention and the head on completion
-tokens, but not padding. A backward is two forwards (PaLM, arXiv 2204.02311, appendix B).
+tokens, but not padding, nor the state of linear attention. A backward is two forwards (PaLM, arXiv 2204.02311, appendix B), less one product for
+each matrix that is frozen.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Unit
 from kto_ds.model.policy import Policy
+from kto_ds.model.support import ATTENTION_LAYERS
 
 # Dense bfloat16 rates in FLOP/s as NVIDIA's data sheets give them, by words of the device's name; of several that fit, the first.
 PEAK_FLOPS = {
@@ -26,10 +29,12 @@ PEAK_FLOPS = {
 class ModelShape(NamedTuple):
     """What of a model decides its operations."""
 
-    layer_weights: int  # elements of the matrices of all layers
-    windows: tuple[int | None, ...]  # of every layer: keys that a token attends to at most, None for all before it
+    layer_weights: int  # elements of the matrices of all layers that one token meets
+    windows: tuple[int | None, ...]  # of every layer with attention: keys that a token attends to at most, None for all before it
     attention_width: int  # query heads x head size
     head_weights: int  # vocabulary x hidden size
+    frozen_layer_weights: int = 0  # those of layer_weights that are not trained
+    frozen_head_weights: int = 0
 
 
 class Flops(NamedTuple):
@@ -50,16 +55,31 @@ def model_shape(policy: Policy, config: PretrainedConfig) -> ModelShape | None:
     heads, hidden_size = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not (layers and isinstance(heads, int) and hidden_size):
         return None
-    # A partitioned parameter has no shape of its own; DeepSpeed notes it.
-    shapes = [vars(parameter).get("ds_shape", parameter.shape) for layer in layers for parameter in layer.parameters()]
+    matrices = [(_elements_met(name, parameter, config), parameter.requires_grad) for layer in layers for name, parameter in layer.named_parameters()]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
     return ModelShape(
-        layer_weights=sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2),
-        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        layer_weights=sum(numel for numel, _ in matrices),
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds if kind in ATTENTION_LAYERS),
         attention_width=heads * (getattr(config, "head_dim", None) or hidden_size // heads),
         head_weights=config.vocab_size * hidden_size,
+        frozen_layer_weights=sum(numel for numel, is_trained in matrices if not is_trained),
+        frozen_head_weights=0 if policy.lm.get_output_embeddings().weight.requires_grad else config.vocab_size * hidden_size,
     )
+
+
+def _elements_met(name: str, parameter: Tensor, config: PretrainedConfig) -> int:
+    """Return how many elements of a matrix one token is multiplied with; the matrices of all experts are one tensor, and a token meets those of a few."""
+    shape = _shape(parameter)
+    if "experts" in name.split("."):
+        return math.prod(shape) // shape[0] * config.num_experts_per_tok if len(shape) == 3 else 0
+    return math.prod(shape) if len(shape) == 2 else 0
+
+
+def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    # Of a partitioned parameter DeepSpeed notes the shape, of a 4-bit one bitsandbytes.
+    own = vars(parameter)
+    return own["quant_state"].shape if own.get("quant_state") is not None else own.get("ds_shape", parameter.shape)
 
 
 def forward_flops(shape: ModelShape, units: Sequence[Unit], split: TokenizedSplit) -> Flops:
@@ -69,6 +89,12 @@ def forward_flops(shape: ModelShape, units: Sequence[Unit], split: TokenizedSpli
     attended = {window: sum(_attended(unit, split, window) for unit in units) for window in set(shape.windows)}
     attention = 4 * shape.attention_width * sum(attended[window] for window in shape.windows)
     return Flops(layers=2 * shape.layer_weights * tokens + attention, head=2 * shape.head_weights * completion_tokens)
+
+
+def backward_flops(shape: ModelShape, units: Sequence[Unit], split: TokenizedSplit) -> float:
+    """Return what one backward of these units needs: the gradient of every input, and of every weight that is trained."""
+    frozen = ModelShape(shape.frozen_layer_weights, windows=(), attention_width=0, head_weights=shape.frozen_head_weights)
+    return 2 * forward_flops(shape, units, split).total - forward_flops(frozen, units, split).total
 
 
 def _attended(unit: Unit, split: TokenizedSplit, window: int | None) -> int:

@@ -1,5 +1,6 @@
 """Where a model that is only read lies: a whole copy on every rank, or partitioned over them. Decided in bytes, before weights are read."""
 
+import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -7,11 +8,12 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from kto_ds.model.logprobs import DEVICE_CHUNK_BYTES
-from kto_ds.model.support import DTYPES
+from kto_ds.model.support import DTYPES, num_experts
 
 GIB = 1 << 30
 # Of the free memory; the allocator's fragments and the kernels' own buffers take the rest.
 USABLE = 0.92
+FOUR_BIT_BYTES = 0.516  # of a weight: 4 bits, a scale of 8 bits for 64 weights, and one of 32 for 256 scales (arXiv 2305.14314)
 
 Kind = Literal["replica", "sharded"]
 
@@ -21,29 +23,33 @@ class Placement(NamedTuple):
     why: str  # for the user
 
 
-def weight_bytes(folder: Path, names: list[str], dtype: str) -> int:
-    """Return what the weights of some safetensors files take in memory, once read as `dtype`. Only the files' headers are read."""
-    numbers = 0
+def weight_bytes(folder: Path, names: list[str], dtype: str, *, vocab_size_in_4bit: int | None = None) -> int:
+    """Return about what the weights of some safetensors files take in memory, once read as `dtype`. Only the files' headers are read.
+
+    Where a vocabulary size is given, all matrices but embeddings and head are read in 4 bits.
+    """
+    size = 0.0
     for name in names:
         with safe_open(folder / name, framework="numpy") as file:
             for key in file.keys():
-                size = 1
-                for length in file.get_slice(key).get_shape():
-                    size *= length
-                numbers += size
-    return numbers * DTYPES[dtype].itemsize
+                shape = file.get_slice(key).get_shape()
+                is_quantised = vocab_size_in_4bit is not None and len(shape) == 2 and vocab_size_in_4bit not in shape
+                size += math.prod(shape) * (FOUR_BIT_BYTES if is_quantised else DTYPES[dtype].itemsize)
+    return int(size)
 
 
 def working_bytes(config: PretrainedConfig, max_tokens: int, dtype: str) -> int:
     """Return about what one no-grad forward over `max_tokens` takes besides the weights.
 
-    The widest place of a dense decoder: residual, normed input, queries, keys and values with their gathered copies, and the three
-    products of the MLP, of one layer at a time; then a chunk of float32 logits.
+    The widest place of a decoder: residual, normed input, queries, keys and values with their gathered copies, and the three products of
+    the MLP, of one layer at a time, where every token has a copy for each of its experts; then a chunk of float32 logits.
     """
     entries = config.get_text_config().to_dict()
     hidden = entries.get("hidden_size") or 0
     inner = entries.get("intermediate_size") or 4 * hidden
-    return max_tokens * (8 * hidden + 3 * inner) * DTYPES[dtype].itemsize + DEVICE_CHUNK_BYTES
+    if copies := num_experts(config) and config.num_experts_per_tok:
+        inner = max(inner, copies * (entries.get("moe_intermediate_size") or inner))
+    return max_tokens * ((8 + 2 * copies) * hidden + 3 * inner) * DTYPES[dtype].itemsize + DEVICE_CHUNK_BYTES
 
 
 def choose_placement(requested: str, *, weights: int, working: int, free: int, num_ranks: int, offloads: bool) -> Placement:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kto_ds.data.batch import Batch
-from kto_ds.model.logprobs import LogprobHead
+from kto_ds.model.logprobs import LogprobHead, logit_change
+from kto_ds.model.routers import RouterLoad, meter_routers
 
 
 class Policy(nn.Module):
@@ -21,20 +22,27 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
-        lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight))
+        self.router_meter = meter_routers(lm, lm.config)  # None in a dense model
+        lm.set_output_embeddings(LogprobHead(lm.get_output_embeddings().weight, logit_change(lm.config)))
 
     @property
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
         return decoder_layers(self.lm)
 
-    def forward(self, batch: Batch, per_token: bool = False) -> Tensor:
-        """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C]."""
+    def forward(self, batch: Batch, per_token: bool = False, with_load: bool = False) -> Tensor | tuple[Tensor, RouterLoad]:
+        """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C].
+
+        A mixture of experts also tells how its routers sent the tokens, where it is asked to: (log-probs, load).
+        """
         inputs = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments}
+        if self.router_meter:
+            self.router_meter.begin(batch.uses.flatten() if with_load else None)
         # With use_cache, transformers would take packed positions for one sequence.
         outputs = self.lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predictors]  # [C, D]
         token_logps = self.lm.get_output_embeddings()(hidden, batch.targets)  # [C]
-        return token_logps if per_token else sum_by_pair(token_logps, batch)
+        logps = token_logps if per_token else sum_by_pair(token_logps, batch)
+        return (logps, self.router_meter.end()) if with_load else logps
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:

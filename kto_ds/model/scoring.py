@@ -15,7 +15,7 @@ from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.model.attention import choose_backend
 from kto_ds.model.kernels import Kernels, choose_kernels
 from kto_ds.model.policy import sum_by_pair
-from kto_ds.model.support import DTYPES, choose_layout
+from kto_ds.model.support import DTYPES, SINK_FAMILIES, choose_layout
 
 
 class ScoredPairs(NamedTuple):
@@ -40,7 +40,10 @@ class Serving(NamedTuple):
 
 def choose_serving(model: ModelConfig, config: PretrainedConfig, device: torch.device) -> Serving:
     layout, notice = choose_layout(config, model.layout)
-    backend = choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype])
+    has_sinks = config.model_type in SINK_FAMILIES
+    backend = choose_backend(model.attention, device=device, dtype=DTYPES[model.dtype], has_sinks=has_sinks)
+    if has_sinks and not notice:
+        notice = f"{config.model_type} has attention sinks: the sdpa kernel, sequence by sequence, serves them"
     return Serving(layout, backend, notice, choose_kernels(model.kernels, config, device))
 
 

@@ -9,6 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 
+class RouterBalance(NamedTuple):
+    """How the experts of a mixture were used in a step."""
+
+    aux_loss: float  # load-balancing loss, before its coefficient; the number of experts of a token when all are used alike
+    load_max: float  # of the expert with most tokens, of all layers, over the mean of its layer
+
+
 class StepResult(NamedTuple):
     """What one step, or one evaluation, found: the same on all ranks and for every split into micro-batches."""
 
@@ -19,12 +26,13 @@ class StepResult(NamedTuple):
     kl: float  # z, the reference point the loss used
     kl_raw: float  # before the clamp at 0
     kl_stderr: float  # NaN where it cannot be told
+    router: RouterBalance | None = None  # of a mixture of experts, in training
 
 
 def kto_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     """Return the means over all examples of `results`; a label without examples is left out, never NaN or 0.
 
-    `kl` is the mean over the steps, since each step has one reference point. An error of the reference point that no step could tell is left out too.
+    `kl` and what routers did are means over the steps. An error of the reference point that no step could tell is left out too.
     """
     losses, rewards, logps, desirable = (np.concatenate([result[index] for result in results]).astype(column) for index, column in enumerate((float, float, float, bool)))
     metrics = {
@@ -34,6 +42,8 @@ def kto_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     }
     if errors := [result.kl_stderr for result in results if not np.isnan(result.kl_stderr)]:
         metrics["kl_stderr"] = float(np.mean(errors))
+    if balances := [result.router for result in results if result.router]:
+        metrics["aux_loss"], metrics["router/load_max"] = np.mean(balances, axis=0).tolist()
     for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
         metrics[f"count/{name}"] = int(chosen.sum())
         if chosen.any():

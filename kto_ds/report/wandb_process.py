@@ -46,6 +46,7 @@ class WandbProcess:
         self._tell, self._half_line, self._has_warned, self._process = tell, b"", False, None
         folder = str(Path(kto_ds.__file__).parents[1])
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
+        variables.pop("KTO_LAUNCH", None)  # by which launch scripts know whom to signal
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             # A session of its own: the signals of a terminal or a launcher are for the ranks.

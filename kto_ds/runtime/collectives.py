@@ -1,4 +1,4 @@
-"""The ranks of a run and what they tell each other. The only file that uses torch.distributed."""
+"""The ranks of a run and what they tell each other. Only this file and probes.py use torch.distributed."""
 
 import os
 import socket
@@ -20,6 +20,7 @@ from kto_ds.errors import KtoError, UserError
 from kto_ds.runtime.watch import beat, follow
 
 Result = TypeVar("Result")
+Group = dist.ProcessGroup
 
 GRACE_SECONDS = 30  # that a collective waits beyond the watch, which has more to say
 # NCCL's own record of what every rank was doing: kept, and written when a collective times out.
@@ -45,11 +46,10 @@ def start(*, timeout_seconds: float, dumps: Path | None = None) -> World:
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"rank {local_rank} of this machine has no GPU; {torch.cuda.device_count()} are visible", where="launcher", remedy="start fewer ranks")
+    device = own_device()
+    on_cuda = device.type == "cuda"
+    if on_cuda and device.index >= torch.cuda.device_count():
+        raise UserError(f"rank {device.index} of this machine has no GPU; {torch.cuda.device_count()} are visible", where="launcher", remedy="start fewer ranks")
     if on_cuda:
         torch.cuda.set_device(device)
     if dumps is not None:
@@ -62,6 +62,12 @@ def start(*, timeout_seconds: float, dumps: Path | None = None) -> World:
         deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=_limit(timeout_seconds), verbose=False)
     limit_waits(timeout_seconds)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def own_device() -> torch.device:
+    """Return the device of this rank, whether or not the machine has so many."""
+    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
 
 
 def _limit(seconds: float) -> timedelta:
@@ -81,6 +87,11 @@ def free_memory(world: World) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")  # of torchrun, of the deepspeed launcher
 
 
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of a CUDA device, whoever uses them now."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on at the moment."""
     with socket.socket() as probe:
@@ -93,6 +104,28 @@ def sum_across_ranks(values: Tensor) -> Tensor:
     dist.all_reduce(values)
     beat()
     return values
+
+
+def neighbours(size: int) -> Group | None:
+    """Return the group of this rank and its neighbours, `size` in all, or none where every rank is by itself. All ranks call this."""
+    return dist.new_subgroups(group_size=size)[0] if size > 1 else None
+
+
+class _SumAcrossGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts: Tensor, group: Group) -> Tensor:
+        total = parts.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None  # every rank has computed the same of the same sum; its own part is what it answers for
+
+
+def sum_across_group(parts: Tensor, group: Group) -> Tensor:
+    """Return the sum over the ranks of a group; the gradient of a rank's part is that of the sum, which all of them go on with alike."""
+    return _SumAcrossGroup.apply(parts, group)
 
 
 def any_across_ranks(flag: bool, device: torch.device) -> bool:

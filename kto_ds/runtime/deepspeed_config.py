@@ -9,6 +9,7 @@ from pydantic import ValidationError
 import kto_ds
 from kto_ds.config import OptimConfig
 from kto_ds.errors import UserError, excerpt
+from kto_ds.runtime.zero_keys import refuse_conflicts
 
 # What DeepSpeed alone decides. DeepSpeed ignores other top-level keys in silence, so a misspelt one must be refused here.
 ALLOWED_KEYS = frozenset(
@@ -52,6 +53,8 @@ def read_deepspeed_config(name: str) -> dict:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"not a readable JSON file: {error}", where=str(path)) from error
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object, found {excerpt(raw)}", where=str(path), remedy='write {"zero_optimization": {"stage": 3}}')
     for key, value in raw.items():
         if key in OWNED_KEYS:
             if value != "auto":
@@ -59,6 +62,7 @@ def read_deepspeed_config(name: str) -> dict:
         elif key not in ALLOWED_KEYS:
             close = difflib.get_close_matches(key, [*ALLOWED_KEYS, *OWNED_KEYS], n=1)
             raise UserError(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""), where=str(path))
+    refuse_conflicts(raw, where=str(path))
     return {key: value for key, value in raw.items() if key not in OWNED_KEYS}
 
 
@@ -71,7 +75,7 @@ def check_zero_section(section: dict, where: str) -> None:
     except (ValidationError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         key = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"{key}: {first['msg']}", where=where) from error
+        raise UserError(f"{key}: {first['msg']}", where=where, remedy="correct or remove it; ds_configs/README.md lists the keys") from error
 
 
 def zero_stage(deepspeed_config: dict) -> int:
@@ -85,7 +89,7 @@ def reading_config(raw: dict, *, dtype: str) -> dict:
         "steps_per_print": None,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {key: value for key, value in section.items() if key != "offload_optimizer"},
+        "zero_optimization": {key: value for key, value in section.items() if key not in ("offload_optimizer", "zero_hpz_partition_size")},
     }
     return {**completed, "bf16": {"enabled": True}} if dtype == "bfloat16" else completed
 
@@ -108,7 +112,10 @@ def offloads_parameters(raw: dict) -> bool:
 
 def complete_deepspeed_config(raw: dict, *, optim: OptimConfig, dtype: str, on_cuda: bool) -> dict:
     """Return the config for deepspeed.initialize: the file, and everything the run config owns."""
-    offloads = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = raw.get("zero_optimization", {}).get("offload_optimizer", {})
+    offloads = offload.get("device", "none") != "none"
+    if offload.get("ratio", 1.0) < 1 and not on_cuda:
+        raise UserError("zero_optimization.offload_optimizer.ratio: without a GPU there is nothing to share the optimizer with", where="deepspeed.config", remedy="use zero3")
     params = {
         "lr": optim.learning_rate,
         "betas": [optim.adam_beta1, optim.adam_beta2],

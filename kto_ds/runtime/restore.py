@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -121,11 +121,19 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, seed: int, world:
         derive_rng(seed, checkpoint.step, world.rank, world.device)
 
 
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the policy's parameters by name, put together from all ranks' files; float32 from stage 3, else in the dtype of the run."""
-    with weights_only(), reading(checkpoint.folder):
+class LazyWeight(Protocol):
+    """A weight that is read once it is asked for: a tensor that is mapped from a file, or DeepSpeed's stand-in for one that lies in the files of all ranks."""
+
+    shape: torch.Size
+
+    def contiguous(self) -> Tensor: ...
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, LazyWeight]:
+    """Return the policy's parameters by name; float32 from stage 3, where a parameter is put together of all ranks' parts, else in the dtype of the run."""
+    with weights_only(mapped=True), reading(checkpoint.folder):
         if checkpoint.zero_stage == 3:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE)
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE, lazy_mode=True)
         return torch.load(checkpoint.folder / STATE / "mp_rank_00_model_states.pt")["module"]

@@ -21,14 +21,17 @@ REMEDY = "do not use this checkpoint, and find out who wrote it"
 
 
 @contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """Let no torch.load of the block, DeepSpeed's own included, make anything but tensors, plain values and ALLOWED_CLASSES. UserError names the file."""
-    load = torch.load
+def weights_only(*, mapped: bool = False) -> Iterator[None]:
+    """Let no torch.load of the block, DeepSpeed's own included, make anything but tensors, plain values and ALLOWED_CLASSES. UserError names the file.
+
+    `mapped` tensors are read from their file page by page as they are used.
+    """
+    load, forced = torch.load, {"weights_only": True, **({"mmap": True} if mapped else {})}
 
     def load_weights_only(file, map_location=None, **named):
         beat()  # files are many where the number of ranks changes
         try:
-            return load(file, map_location=map_location or "cpu", **{**named, "weights_only": True})
+            return load(file, map_location=map_location or "cpu", **{**named, **forced})
         except OSError:
             raise
         except Exception as error:

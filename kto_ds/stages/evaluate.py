@@ -9,6 +9,7 @@ from kto_ds.config import LossConfig, ModelConfig, RunConfig
 from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
 from kto_ds.errors import UserError
+from kto_ds.model.lora import Adapter, find_adapter, require_lora_served
 from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config, require_positions
 from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
@@ -25,16 +26,17 @@ def main(config: RunConfig) -> None:
     if not config.data.eval_splits and config.data.held_out_fraction is None:
         remedy = "list sources under data.eval, or set data.held_out_fraction, and run kto-ds prepare and kto-ds precompute-ref again"
         raise UserError("no evaluation rows", where="data.eval", remedy=remedy)
-    model = _model_to_evaluate(config)
+    path, model, adapter = _model_to_evaluate(config)
     model_config = read_model_config(model, where="eval.path")
     seconds = config.train.setup_timeout_seconds
     world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "evaluate"))
     with guarded(world, config.output_dir, "evaluate", seconds=seconds):
-        _evaluate(config, model, model_config, world)
+        _evaluate(config, path, model, model_config, adapter, world)
         barrier()
 
 
-def _evaluate(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, world: World) -> None:
+def _evaluate(config: RunConfig, path: str, model: ModelConfig, model_config: PretrainedConfig, adapter: Adapter | None, world: World) -> None:
+    require_lora_served(model, model_config, world.device)
     splits, manifest = open_dataset(config)
     on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
@@ -43,18 +45,18 @@ def _evaluate(config: RunConfig, model: ModelConfig, model_config: PretrainedCon
         require_positions(model_config, splits[name].longest_pair_tokens, "eval.path")
         require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
     serving = choose_serving(model, model_config, world.device)
-    scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world)
+    scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world, adapter=adapter and adapter.folder)
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     metrics = {name: evaluate_split(scorer, splits[name], references[name], loss, sharding=sharding) for name in names}
     if world.is_main:
-        _report(config, model, loss, metrics)
+        _report(config, path, loss, metrics)
 
 
-def _report(config: RunConfig, model: ModelConfig, loss: LossConfig, metrics: dict[str, dict[str, float]]) -> None:
+def _report(config: RunConfig, path: str, loss: LossConfig, metrics: dict[str, dict[str, float]]) -> None:
     """Write and print the metrics of each evaluation split."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": model.path, "splits": metrics}, indent=1))
-    print(f"evaluation of {model.path}")
+    write_atomically(config.output_dir / "evaluation.json", json.dumps({"model": path, "splits": metrics}, indent=1))
+    print(f"evaluation of {path}")
     if loss != config.loss:
         print(f"automatic weights: {weights_line(loss)}")
     for name, found in metrics.items():
@@ -63,8 +65,11 @@ def _report(config: RunConfig, model: ModelConfig, loss: LossConfig, metrics: di
             print(f"  {metric:<18} {value:>12,}" if isinstance(value, int) else f"  {metric:<18} {value:>12.5f}")
 
 
-def _model_to_evaluate(config: RunConfig) -> ModelConfig:
+def _model_to_evaluate(config: RunConfig) -> tuple[str, ModelConfig, Adapter | None]:
+    """Return what is evaluated: its path, the model that is read for it, and an adapter on that model if the path is one's."""
     path = config.eval.path or str(config.export_dir)
     if config.eval.path is None and not config.export_dir.is_dir():
         raise UserError(f"there is no model at {path}", where="eval.path", remedy=EXPORT_FIRST)
-    return config.model.model_copy(update={"path": path, "revision": None})
+    if adapter := find_adapter(path):
+        return path, config.model.model_copy(update={"path": adapter.base, "revision": adapter.revision, "lora": None}), adapter
+    return path, config.model.model_copy(update={"path": path, "revision": None, "lora": None, "load_in_4bit": False}), None

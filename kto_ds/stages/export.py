@@ -1,52 +1,90 @@
-"""A checkpoint, the newest if none is named -> a Hugging Face folder: sharded safetensors, config, tokenizer, model card."""
+"""A checkpoint, the newest if none is named -> a Hugging Face folder: sharded safetensors, config, tokenizer, model card. Of LoRA an adapter's folder, or with --merge a model's."""
 
 import json
 import re
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from kto_ds.artifacts import require_match
 from kto_ds.config import LossConfig, OptimConfig, RunConfig
 from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
-from kto_ds.model.support import DTYPES, read_model_config
+from kto_ds.model.lora import merge_adapters, require_peft, write_adapter
+from kto_ds.model.save import MAX_SHARD_SIZE, FileLayout, plan_files, write_model
+from kto_ds.model.support import DTYPES, model_digest, read_model_config, weight_files
+from kto_ds.report.console import bar_interval
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.runtime.collectives import World, start
-from kto_ds.runtime.restore import Checkpoint, newest_verified, read_weights, verified
+from kto_ds.runtime.restore import Checkpoint, LazyWeight, newest_verified, read_weights, verified
 from kto_ds.runtime.retention import folder_name, list_checkpoints
 from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
 from kto_ds.stages.progress import Progress
 from kto_ds.stages.resume import FIXED, changes
 from kto_ds.staging import staged_folder
 
-MAX_SHARD_SIZE = "5GB"
 TRAIN_FIRST = "run kto-ds train --config RUN.yaml"
 POLICY_PREFIX = "lm."  # where Policy keeps the language model
 
 
-def main(config: RunConfig, checkpoint: str = "latest") -> None:
-    """`checkpoint` is latest, best or step-N."""
+def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False) -> None:
+    """`checkpoint` is latest, best or step-N. With `merge` the adapters of LoRA go into the weights they were trained on."""
     model_config = read_model_config(config.model)
+    if config.model.lora is not None:
+        require_peft("model.lora")
+    elif merge:
+        raise UserError("there are no adapters to merge: model.lora is null", where="--merge", remedy="leave this option out: the export is a whole model")
     chosen = _choose(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
     loss = weights_of_config(config.loss, chosen.manifest["config"])
     _require_same_config(config, loss, chosen)
-    dtype = DTYPES[config.model.dtype]
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.model.trust_remote_code)
-    _assign(lm, {name.removeprefix(POLICY_PREFIX): weight.to(dtype) for name, weight in read_weights(chosen).items()})
-    lm.generation_config = _generation_config(config)
-    tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen)
-    with staged_folder(config.export_dir) as folder:
-        lm.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    weights = {name.removeprefix(POLICY_PREFIX): weight for name, weight in read_weights(chosen).items()}
+    tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen, is_adapter=config.model.lora is not None and not merge)
+    target, began = config.merged_dir if merge else config.export_dir, time.monotonic()
+    with staged_folder(target) as folder:
+        if config.model.lora is None:
+            _write_whole(folder, config, model_config, weights)
+        elif merge:
+            _merged_model(config, model_config, weights, chosen).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        else:
+            write_adapter(folder, config.model.lora, _all_whole(weights, config), base=config.model.path, revision=config.model.revision)
         tokenizer.save_pretrained(folder)
         card = folder / "README.md"
         card.write_text(text, encoding="utf-8")
         # safetensors makes files that only their owner can read; a model is for sharing, as far as the umask allows.
         for path in folder.iterdir():
             path.chmod(card.stat().st_mode)
-    print(f"exported step {chosen.step} to {config.export_dir}")
+    size, seconds = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 1e9, time.monotonic() - began
+    print(f"exported step {chosen.step} to {target}: {size:,.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
+
+
+def _write_whole(folder: Path, config: RunConfig, model_config: PretrainedConfig, weights: dict[str, LazyWeight]) -> None:
+    """Write config and weights of the model, a layer at a time."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
+    lm.generation_config = _generation_config(config)
+    layout = plan_files(lm)
+    _require_all(lm, layout, weights)
+    with tqdm(total=layout.num_bytes, desc="export", unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
+        write_model(lm, folder, lambda names: {name: _whole(name, weights[name], lm.dtype) for name in names}, layout=layout, on_written=bar.update)
+
+
+def _all_whole(weights: dict[str, LazyWeight], config: RunConfig) -> dict[str, Tensor]:
+    return {name: _whole(name, weight, DTYPES[config.model.dtype]) for name, weight in weights.items()}
+
+
+def _merged_model(config: RunConfig, model_config: PretrainedConfig, weights: dict[str, LazyWeight], checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model that the adapters were trained on with their products added to its weights: the whole ones, where training had them in 4 bits."""
+    found = {"base model": model_digest(config.model)}
+    require_match({"base model": checkpoint.manifest["identity"]["base model"]}, found, where="model.path", remedy="merge into the weights that were trained on")
+    lm = AutoModelForCausalLM.from_pretrained(
+        weight_files(config.model)[0], config=model_config, dtype=DTYPES[config.model.dtype], use_safetensors=True, trust_remote_code=config.model.trust_remote_code
+    )
+    merge_adapters(lm, config.model.lora, _all_whole(weights, config))
+    return lm
 
 
 def _choose(root: Path, name: str, world: World) -> Checkpoint:
@@ -81,16 +119,24 @@ def _require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkp
         raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
 
 
-def _assign(lm: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give the model its weights; every parameter must be among them, finite and of its shape."""
-    wanted = dict(lm.named_parameters())  # a tied head has no name of its own here
-    if missing := sorted(set(wanted) - set(weights)):
+def _require_all(lm: PreTrainedModel, layout: FileLayout, weights: dict[str, LazyWeight]) -> None:
+    """Refuse a checkpoint in which a weight of the model is missing or has another shape."""
+    wanted = lm.state_dict()
+    names = [name for layer in layout.layers for name in layer]  # of what is tied, one name
+    if missing := sorted(set(names) - set(weights)):
         raise UserError(f"the checkpoint lacks {len(missing)} parameters, the first: {missing[0]}", where="model.path", remedy="export with the config the run was trained with")
-    for name, parameter in wanted.items():
-        if weights[name].shape != parameter.shape or not torch.isfinite(weights[name]).all():
-            raise UserError(f"{name} is not finite or has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}", where="checkpoints")
-    lm.load_state_dict({name: weights[name] for name in wanted}, strict=False, assign=True)
-    lm.tie_weights()
+    for name in names:
+        if weights[name].shape != wanted[name].shape:
+            raise UserError(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}", where="checkpoints")
+
+
+def _whole(name: str, weight: LazyWeight, dtype: torch.dtype) -> Tensor:
+    """Read one weight; UserError when it is not finite."""
+    whole = weight.contiguous()
+    whole = whole.to(dtype) if whole.is_floating_point() else whole
+    if not torch.isfinite(whole).all():
+        raise UserError(f"{name} is not finite", where="checkpoints")
+    return whole
 
 
 def _generation_config(config: RunConfig) -> GenerationConfig:
@@ -100,14 +146,14 @@ def _generation_config(config: RunConfig) -> GenerationConfig:
         return GenerationConfig()
 
 
-def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> str:
+def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint, *, is_adapter: bool) -> str:
     sources = "\n".join(f"- `{Path(source.path).name}`" + (f", split `{source.split}`" if source.split else "") for source in config.data.train)
     metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config, checkpoint.step).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     optim = OptimConfig.model_validate(checkpoint.manifest["config"]["optim"])
     return f"""---
 base_model: {json.dumps(config.model.path)}
-library_name: transformers
+library_name: {"peft" if is_adapter else "transformers"}
 tags: [kto, kto_ds]
 ---
 

@@ -31,12 +31,12 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def reference_model(config: RunConfig) -> ModelConfig:
-    """Return the section that describes the reference: the policy's own, unless reference.path names another model."""
+    """Return the section that describes the reference: the policy's own without its adapters, unless reference.path names another model."""
     section = config.reference
-    dtype = section.dtype or config.model.dtype
+    own = config.model.model_copy(update={"dtype": section.dtype or config.model.dtype, "lora": None})
     if section.path is None:
-        return config.model.model_copy(update={"dtype": dtype})
-    return config.model.model_copy(update={"path": section.path, "revision": section.revision, "dtype": dtype})
+        return own
+    return own.model_copy(update={"path": section.path, "revision": section.revision, "load_in_4bit": False})
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -254,21 +254,21 @@ def _show_step(console: Console, config: RunConfig, split: TokenizedSplit, step:
     sample = sample_groups(split.kl_group_of[examples], fraction=config.loss.kl_fraction, seed=config.seed, step=step)
     mismatched = split.mismatched_pairs(examples[sample.places])
     of_all = f" of {len(np.unique(split.kl_group_of[examples]))} KL groups, of which loss.kl_fraction draws {len(sample.weights)}" if sample.averages is not None else ""
+    size = config.batch.sequence_parallel_size
     passes = [("policy pass, matched pairs", examples, config.batch.max_tokens_per_microbatch), (f"KL pass, mismatched pairs{of_all}", mismatched, config.batch.scoring_tokens)]
     for title, pairs, max_tokens in passes:
         if pairs is not examples and config.loss.loss_type != "kto":
             console.print(Text(f"\nno KL pass: {config.loss.loss_type} holds the reference point at 0"))
             continue
-        prompts = split.pair_prompts[pairs]
-        alone = int((split.prompt_lengths[prompts] + split.pair_lengths[pairs]).sum())
-        fills = fills_of(pairs, split, layout=layout, max_tokens=max_tokens, num_ranks=num_ranks)
+        alone = int((split.prompt_lengths[split.pair_prompts[pairs]] + split.pair_lengths[pairs]).sum())
+        fills = fills_of(pairs, split, layout=layout, max_tokens=size * max_tokens, num_ranks=max(1, num_ranks // size))
+        title += f"; each rank stands for {size} that share its rows" if size > 1 else ""
         title += "; the bars count padding" if layout == "padded" else ""
-        table = fill_table(title, fills, num_prompts=len(np.unique(prompts)), max_tokens=max_tokens, ascii_only=console.options.ascii_only)
-        console.print(table)
+        console.print(fill_table(title, fills, num_prompts=len(np.unique(split.pair_prompts[pairs])), max_tokens=size * max_tokens, ascii_only=console.options.ascii_only))
         if saved := alone - sum(fill.tokens for fill in fills):
             console.print(Text(f"shared prompts save {saved:,} of {alone:,} tokens ({saved / alone:.0%})"))
     try:
-        require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
+        require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch", group_size=size)
     except UserError as error:
         console.print(Text(f"\nnotice: train will refuse this split. {error}"), soft_wrap=True)
 

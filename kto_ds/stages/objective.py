@@ -27,6 +27,7 @@ from kto_ds.report.throughput import StepTimer
 from kto_ds.runtime.collectives import any_across_ranks, sum_across_ranks
 from kto_ds.runtime.engine import Engine
 from kto_ds.runtime.watch import beat
+from kto_ds.stages.balance import MeasuredForward, balance_of, expert_shares, part_of_loss
 from kto_ds.stages.numerics import Problem, StepOutcome, loss_problem
 from kto_ds.stages.step_work import StepWork
 
@@ -47,40 +48,42 @@ def train_step(
     timer: StepTimer,
     limit: float,
     wants_to_stop: Callable[[], bool],  # of this rank
+    aux_coef: float | None = None,  # of a mixture of experts: weight of its load-balancing loss
 ) -> StepOutcome:
     """Take one optimizer step. Where a value is not finite, or the loss above `limit`, the step's gradient is dropped: no weight or moment changes.
 
-    Phase A estimates the reference point from mismatched pairs of the step, without gradients. Phase B runs the matched pairs; its
-    loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
+    Phase A estimates the reference point from mismatched pairs of the step, without gradients, and the shares of experts where these are to be
+    balanced. Phase B runs the matched pairs; its loss is the mean over the step's examples, whatever ranks and micro-batches they lie on.
     """
     examples, device = work.examples, engine.device
     desirable = to_device(torch.from_numpy(split.desirable[examples]), device)  # [E]
     references = to_device(torch.from_numpy(reference_logps[examples]), device)  # [E]
 
     timer.begin("kl")
-    point, mismatched_logps = NO_REFERENCE_POINT, None
-    if work.kl is not None:
-        mismatched = split.mismatched_pairs(work.kl_examples)  # [M]
-        mismatched_logps = logps_of(engine, work.kl_batches, mismatched, device)
-        mismatched_references = to_device(torch.from_numpy(reference_logps[mismatched]), device)
-        logratios = (mismatched_logps - mismatched_references).double()
-        values = logratios if work.kl.averages is None else to_device(torch.from_numpy(work.kl.averages), device) @ logratios
-        point = reference_point(values, to_device(torch.from_numpy(work.kl.weights), device))
+    forward = MeasuredForward(engine) if aux_coef else engine
+    point, mismatched_logps = _estimate_point(forward, work, split, reference_logps, device)
     kl = point.kl.to(device)
+    shares = expert_shares(forward.of_all_ranks()) if aux_coef else None  # [experts]
 
     timer.begin("policy")
+    forward = engine if aux_coef is None else MeasuredForward(engine)
     logps, own_loss = torch.zeros_like(references), torch.zeros_like(references[:1])  # [E], [1]
     for number, batch in enumerate(work.policy_batches, start=1):
         batch = batch.to(device)
         places = _places(batch.pair_ids, examples, device)
-        sequence_logps = engine(batch)  # [S]
+        sequence_logps = forward(batch)  # [S]
         terms = kto_terms(logratios=sequence_logps - references[places], desirable=desirable[places], kl=kl, **_constants(loss))
         # DeepSpeed averages gradients over the ranks; the loss is a mean over the step's examples.
-        engine.backward(terms.losses.sum() * (num_ranks / len(examples)), is_last=number == len(work.policy_batches))
-        logps[places] = sequence_logps.detach()
-        own_loss += terms.losses.detach().sum()
+        objective = terms.losses.sum() * (num_ranks / len(examples))
+        if aux_coef:
+            objective = objective + aux_coef * num_ranks * part_of_loss(shares, forward.latest, work.cost.tokens)
+        engine.backward(objective, is_last=number == len(work.policy_batches))
+        if batch.is_counted:
+            logps[places] = sequence_logps.detach()
+            own_loss += terms.losses.detach().sum()
     summed = sum_across_ranks(torch.cat([logps, own_loss, torch.full_like(own_loss, wants_to_stop())]))  # [E + 2]: one collective for all
     logps = summed[:-2]
+    load = None if aux_coef is None else forward.of_all_ranks()
 
     # The first time that the host waits for the device in this step.
     loss_sum, num_stopping = summed[-2:].tolist()
@@ -92,8 +95,24 @@ def train_step(
     timer.begin("host")
     if problem is None and not math.isfinite(grad_norm):
         problem = Problem("gradient", f"the gradient is not finite, though every log-prob is; rows: {_first_rows(examples, split)} and others of the step")
-    result = None if problem else _result(logps, references, desirable, point, loss)
+    result = None if problem else _result(logps, references, desirable, point, loss)._replace(router=load and balance_of(load))
     return StepOutcome(step_loss, grad_norm, result, problem, is_stopping=bool(num_stopping))
+
+
+def _estimate_point(
+    forward: Callable[[Batch], Tensor], work: StepWork, split: TokenizedSplit, reference_logps: np.ndarray, device: torch.device
+) -> tuple[ReferencePoint, Tensor | None]:
+    """Run phase A and return the reference point, and the log-probs [M] that it comes from, None where the loss has no such point."""
+    if work.kl is None:
+        for batch in work.kl_batches:
+            score_batch(forward, batch.to(device))
+        return NO_REFERENCE_POINT, None
+    mismatched = split.mismatched_pairs(work.kl_examples)  # [M]
+    mismatched_logps = logps_of(forward, work.kl_batches, mismatched, device)
+    mismatched_references = to_device(torch.from_numpy(reference_logps[mismatched]), device)
+    logratios = (mismatched_logps - mismatched_references).double()
+    values = logratios if work.kl.averages is None else to_device(torch.from_numpy(work.kl.averages), device) @ logratios
+    return reference_point(values, to_device(torch.from_numpy(work.kl.weights), device)), mismatched_logps
 
 
 class Cut(Exception):
@@ -194,7 +213,8 @@ def logps_of(forward: Callable[[Batch], Tensor], batches: Iterable[Batch], pairs
     for batch in batches:
         scored = score_batch(forward, batch.to(device))
         beat()  # the ranks may not meet before the last micro-batch
-        logps[_places(scored.pairs, pairs, device)] = scored.logps
+        if batch.is_counted:
+            logps[_places(scored.pairs, pairs, device)] = scored.logps
     return sum_across_ranks(logps)
 
 

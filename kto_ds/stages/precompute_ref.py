@@ -23,6 +23,7 @@ from kto_ds.data.keys import find
 from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, is_part, join_rows, plan_of, read_shards, split_rows, write_shard
 from kto_ds.data.reference_work import PLAN_RULES, Shard, Wanted, plan_shards, wanted_pairs
 from kto_ds.errors import KtoError, NumericsError, UserError, excerpt
+from kto_ds.model.lora import require_lora_served
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_positions
@@ -63,6 +64,7 @@ def _precompute(config: RunConfig, model: ModelConfig, model_config: PretrainedC
     require_positions(model_config, max(split.longest_pair_tokens for split in splits.values()), "reference.path" if config.reference.path else "model.path")
     if config.reference.path:
         on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
+    require_lora_served(model, model_config, world.device)
     identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
     origin = reference_origin(config, dataset_manifest)
     with contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ from kto_ds.stages.progress import Progress
 
 # Another value makes another run of it. What is trained on is known by digests besides: of the dataset, of the reference's weights, of the plan.
 FIXED = frozenset("""
-    seed model.path model.revision model.dtype model.lora model.router_aux_loss_coef data.shuffle data.kl_group_size
+    seed model.path model.revision model.dtype model.lora model.load_in_4bit model.router_aux_loss_coef data.shuffle data.kl_group_size
     loss.loss_type loss.beta loss.desirable_weight loss.undesirable_weight loss.kl_fraction batch.global_batch_size
 """.split())  # fmt: skip
 # Another value makes sense in the middle of a run, but must not slip in: --accept-changes. It holds from the next step on.
@@ -36,7 +36,7 @@ FREE = frozenset("""
     data.append_eos data.special_tokens_in_text data.chat_template_kwargs data.max_bad_fraction data.on_bad_row data.allow_one_label data.dataset_num_proc
     data.artifact reference.path reference.revision reference.dtype reference.placement reference.per_token reference.artifact reference.max_tokens_per_microbatch
     train.setup_timeout_seconds train.step_timeout_seconds train.on_nonfinite train.max_skipped_steps train.loss_spike_sigmas
-    batch.max_tokens_per_microbatch batch.max_tokens_per_scoring_microbatch deepspeed.config eval.eval_steps eval.path eval.generate
+    batch.max_tokens_per_microbatch batch.max_tokens_per_scoring_microbatch batch.sequence_parallel_size deepspeed.config eval.eval_steps eval.path eval.generate
     checkpoint.save_steps checkpoint.save_total_limit checkpoint.resume checkpoint.metric_for_best_model checkpoint.greater_is_better
     report.logging_steps report.wandb.mode report.wandb.project report.wandb.name
 """.split())  # fmt: skip

@@ -46,6 +46,7 @@ class Run(NamedTuple):
     planner: StepPlanner
     watch: Watch
     wall_time: WallTime
+    aux_coef: float | None  # of a mixture of experts: weight of its load-balancing loss
 
     @property
     def checkpoints(self) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ def place(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig,
     """Return where the model will lie. All ranks call this and get the same answer."""
     return choose_placement(
         config.reference.placement,
-        weights=weight_bytes(*weight_files(model), model.dtype),
+        weights=weight_bytes(*weight_files(model), model.dtype, vocab_size_in_4bit=model_config.get_text_config().vocab_size if model.load_in_4bit else None),
         working=working_bytes(model_config, config.reference.max_tokens_per_microbatch, model.dtype),
         free=min(gather_objects(free_memory(world))),
         num_ranks=world.num_ranks,
@@ -47,13 +48,16 @@ def require_same_weights(model: ModelConfig) -> None:
 
 
 def load_scorer(
-    config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World
+    config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World, *, adapter: Path | None = None
 ) -> Callable[..., Tensor]:
     """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
     require_same_weights(model)
-    load = partial(load_policy, model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, gradient_checkpointing=False)
+    load = partial(
+        load_policy, model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, gradient_checkpointing=False, device=world.device,
+        adapter=adapter, beat=beat,
+    )  # fmt: skip
     if placement.kind == "replica":
-        return load(device=world.device).eval()
+        return load().eval()
     shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype)
     return shard_for_reading(load(partition_for=shards).eval(), shards)
 

@@ -5,40 +5,35 @@ import time
 import numpy as np
 from transformers import PretrainedConfig
 
-from kto_ds.artifacts import digest_of
 from kto_ds.config import RunConfig
 from kto_ds.config_text import write_yaml
-from kto_ds.data.batch_plan import plan_batches
-from kto_ds.data.dataset import FILES
-from kto_ds.data.packing import require_fit
-from kto_ds.data.sharding import Sharding
-from kto_ds.model.checkpointing import checkpointed_share, in_words
-from kto_ds.model.flops import ModelShape, model_shape, peak_flops
-from kto_ds.model.load import load_policy
+from kto_ds.model.checkpointing import in_words
+from kto_ds.model.flops import peak_flops
+from kto_ds.model.lora import require_lora_served
 from kto_ds.model.scoring import Serving, choose_serving
-from kto_ds.model.support import read_model_config, require_trainable
+from kto_ds.model.sizes import model_sizes, skeleton
+from kto_ds.model.states import read_zero, require_partial_offload, require_room
+from kto_ds.model.support import DTYPES, read_model_config, require_sharable, require_trainable, router_aux_loss_coef
 from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
-from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
+from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start, total_memory
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
-from kto_ds.runtime.engine import Engine
 from kto_ds.runtime.guard import GO_ON, guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
-from kto_ds.stages.identity import resolve_weights, run_record, weights_line
-from kto_ds.stages.inputs import open_dataset, open_reference
+from kto_ds.runtime.zero_keys import require_world
+from kto_ds.stages.build import build_engine, open_inputs, plan_steps
+from kto_ds.stages.identity import weights_line
 from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
-from kto_ds.stages.resume import find_checkpoint, require_known_metric, restore
-from kto_ds.stages.run import Inputs, Run, catch_up_on_evaluation, evaluate, save
-from kto_ds.stages.serving import require_same_weights
-from kto_ds.stages.step_work import StepPlanner
+from kto_ds.stages.resume import find_checkpoint, restore
+from kto_ds.stages.run import Run, catch_up_on_evaluation, evaluate, save
 from kto_ds.staging import claim_folder
 
 
@@ -46,6 +41,7 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
     wall_time = WallTime(max_wall_time and wall_seconds(max_wall_time))
     model_config = read_model_config(config.model)
     require_trainable(config.model, model_config)
+    aux_coef = router_aux_loss_coef(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
     seconds = config.train.setup_timeout_seconds
@@ -56,15 +52,16 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         status.running(0)
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
-        inputs = _open_inputs(config)
+        _require_served(config, model_config, deepspeed_config, serving, world)
+        inputs = open_inputs(config)
         checkpoint = find_checkpoint(config, inputs.record, inputs.plan, world, zero_stage(deepspeed_config), accept_changes=accept_changes)
         if checkpoint is None or checkpoint.step < inputs.plan.num_steps:
             on_main_rank(lambda: _write_config(config))
         if profile:
             on_main_rank(lambda: make_room(config.output_dir))
-        engine, shape = _build_engine(config, model_config, serving, deepspeed_config, inputs)
+        engine, shape = build_engine(config, model_config, serving, deepspeed_config, inputs, world)
         limit_waits(seconds)  # of the groups that DeepSpeed has made
-        run = Run(config, world, inputs, engine, _plan_steps(config, inputs, serving, world, shape), watch, wall_time)
+        run = Run(config, world, inputs, engine, plan_steps(config, inputs, serving, world, shape, aux_coef), watch, wall_time, aux_coef)
         progress = _resume_or_start(run, checkpoint)
         with _open_sinks(run, serving, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
             laps, stopped_at = _loop(run, status, sinks, profiler, progress)
@@ -82,7 +79,7 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
 
 def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> tuple[list[Lap], int | None]:
     """Train on from `progress` to the end and return what every log line took, and the step after which the run was stopped, if it was."""
-    config, world, inputs, engine, planner, watch, wall_time = run
+    config, world, inputs, engine, planner, watch, wall_time, aux_coef = run
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepOutcome] = []  # steps since the last log line
     laps: list[Lap] = []
@@ -100,8 +97,9 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
         watch.enter("step", step)
         limit = loss_limit(progress.recent_losses, config.train.loss_spike_sigmas)
         outcome = train_step(
-            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit, wants_to_stop=run.wants_to_stop
-        )
+            engine, work, train, inputs.reference_logps["train"], loss=inputs.loss, num_ranks=world.num_ranks, timer=timer, limit=limit,
+            wants_to_stop=run.wants_to_stop, aux_coef=aux_coef,
+        )  # fmt: skip
         progress = after_step(progress, outcome, step=step, num_examples=len(work.examples))
         if outcome.problem is not None:
             settle(outcome.problem, progress, config.train, examples=work.examples, split=train, record_in=config.output_dir if world.is_main else None)
@@ -144,53 +142,21 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     return laps, None
 
 
-def _open_inputs(config: RunConfig) -> Inputs:
-    """Open the artefacts and plan every step; whatever does not belong together is refused here, before weights are read."""
-    splits, manifest = open_dataset(config)
-    require_known_metric(config, splits)
-    reference_logps, reference_manifest = open_reference(config, splits, manifest)
-    for split in splits.values():
-        require_fit(split.longest_pair_tokens, config.batch.max_tokens_per_microbatch, "batch.max_tokens_per_microbatch")
-        require_fit(split.longest_pair_tokens, config.batch.scoring_tokens, "batch.max_tokens_per_scoring_microbatch")
-    plan = plan_batches(
-        splits["train"].kl_group_of, global_batch_size=config.batch.global_batch_size, num_train_epochs=config.train.num_train_epochs,
-        max_steps=config.train.max_steps, shuffle=config.data.shuffle, seed=config.seed,
-    )  # fmt: skip
-    loss = resolve_weights(config.loss, splits["train"])
-    identity = {
-        # Only what is trained on: evaluation rows that are added later are no reason to refuse a resume.
-        "dataset": digest_of(*(entry["digest"] for name, entry in manifest["files"].items() if name.startswith("train/") and name != f"train/{FILES}")),
-        "reference model": reference_manifest["identity"]["reference model"],
-        "reference dtype": reference_manifest["identity"]["dtype"],
-    }
-    reference_way = reference_manifest["attention"], reference_manifest["kernels"]
-    return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity))
-
-
-def _build_engine(
-    config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs
-) -> tuple[Engine, ModelShape | None]:
-    require_same_weights(config.model)
-    policy = load_policy(
-        config.model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels,
-        gradient_checkpointing=config.model.gradient_checkpointing, partition_for=deepspeed_config if zero_stage(deepspeed_config) == 3 else None,
-    )  # fmt: skip
-    shape = model_shape(policy, model_config)
-    return Engine(policy, deepspeed_config, config.optim, inputs.plan.num_steps), shape
-
-
-def _plan_steps(config: RunConfig, inputs: Inputs, serving: Serving, world: World, shape: ModelShape | None) -> StepPlanner:
-    training = Sharding(serving.layout, config.batch.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
-    return StepPlanner(
-        inputs.splits["train"], inputs.plan, config.seed, kl_fraction=config.loss.kl_fraction if config.loss.loss_type == "kto" else 0.0, training=training,
-        scoring=training._replace(max_tokens=config.batch.scoring_tokens), shape=shape, recomputed_layers=checkpointed_share(config.model),
-    )  # fmt: skip
+def _require_served(config: RunConfig, model_config: PretrainedConfig, deepspeed_config: dict, serving: Serving, world: World) -> None:
+    """Refuse what cannot run on these ranks: groups that do not divide them, adapters that have no place, a DeepSpeed config or states beyond them."""
+    require_sharable(config.batch.sequence_parallel_size, model_config, layout=serving.layout, num_ranks=world.num_ranks)
+    require_lora_served(config.model, model_config, world.device)
+    require_world(deepspeed_config, world.num_ranks, where=config.deepspeed.config)
+    if world.device.type == "cuda" and not config.model.load_in_4bit:
+        sizes, zero = model_sizes(skeleton(config.model, model_config)), read_zero(deepspeed_config)
+        require_partial_offload(sizes, zero, world.num_ranks)
+        require_room(sizes, zero, DTYPES[config.model.dtype].itemsize, world.num_ranks, total_memory(world.device))
 
 
 def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:
     """Return how far the run is: as far as the checkpoint, or at its start."""
     config, engine = run.config, run.engine
-    engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device))
+    engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device), balances_experts=bool(run.aux_coef))
     if config.checkpoint.resume == "never":
         on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE)))])
     progress = restore(engine, checkpoint, config.seed, run.world)
@@ -221,9 +187,13 @@ def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
     begin = "nothing left to do" if done >= plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
     print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
           f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {run.engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
-    print(f"micro-batches of {config.batch.max_tokens_per_microbatch:,} tokens, {config.batch.scoring_tokens:,} without gradients; {in_words(config.model)}", flush=True)
+    shared = f", each shared by {config.batch.sequence_parallel_size} ranks that take so many" if config.batch.sequence_parallel_size > 1 else ""
+    print(f"micro-batches of {config.batch.max_tokens_per_microbatch:,} tokens, {config.batch.scoring_tokens:,} without gradients{shared}; {in_words(config.model)}", flush=True)
     if serving.notice:
         print(f"notice: {serving.notice}", flush=True)
+    if run.aux_coef is not None:
+        origin = "the model's config" if config.model.router_aux_loss_coef is None else "model.router_aux_loss_coef"
+        print(f"mixture of experts: load-balancing loss with coefficient {run.aux_coef:g}, from {origin}", flush=True)
     if (serving.backend, serving.kernels) != inputs.reference_way:
         theirs, ours = " and ".join(inputs.reference_way), f"{serving.backend} and {serving.kernels}"
         print(f"notice: the reference was scored with {theirs} kernels, the policy runs with {ours}: rewards begin with the rounding between them", flush=True)

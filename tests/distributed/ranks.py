@@ -96,15 +96,17 @@ class Ranks:
         self.end()
 
 
-def run(command: list[str], *, log: Path, num_ranks: int = 2, before: Callable[[int], None] = nothing, **variables: str) -> tuple[list[int], str]:
+def run(
+    command: list[str], *, log: Path, num_ranks: int = 2, before: Callable[[int], None] = nothing, program: Callable[[list[str]], None] = kto_ds, **variables: str
+) -> tuple[list[int], str]:
     """Run a command to its end and return (exit codes, what it printed)."""
-    with Ranks(command, log=log, num_ranks=num_ranks, before=before, **variables) as ranks:
+    with Ranks(command, log=log, num_ranks=num_ranks, before=before, program=program, **variables) as ranks:
         return ranks.wait(), ranks.output()
 
 
-def require_success(command: list[str], *, log: Path, num_ranks: int = 2, **variables: str) -> str:
+def require_success(command: list[str], *, log: Path, num_ranks: int = 2, program: Callable[[list[str]], None] = kto_ds, **variables: str) -> str:
     """Run a command that must end well on all ranks, and return what it printed."""
-    exit_codes, output = run(command, log=log, num_ranks=num_ranks, **variables)
+    exit_codes, output = run(command, log=log, num_ranks=num_ranks, program=program, **variables)
     assert exit_codes == [0] * num_ranks, f"{exit_codes}\n{output[-4000:]}"
     return output
 

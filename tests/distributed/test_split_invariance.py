@@ -41,6 +41,9 @@ EXTRAS = {
     "clipped": {1: ["--optim.max_grad_norm", "0.1"], 2: ["--optim.max_grad_norm", "0.1"]},
     "checkpointed": {1: ["--model.gradient_checkpointing", "false"], 2: ["--model.gradient_checkpointing_every", "2", "--model.gradient_checkpointing_offload", "true"]},
 }
+# Rows that two ranks share, none of which has room for the longest pair by itself, on one group of ranks and on two.
+SHARED = {(2, stage, layout) for stage in STAGES for layout in ("prefix_shared", "packed")} | {(4, 3, "prefix_shared")}
+SHARED_BUDGET = 48
 
 
 def name_of(*parts) -> str:
@@ -87,12 +90,19 @@ def runs(tmp_path_factory) -> Path:
             run = ["--output_dir", folder / name_of(extra, num_ranks), "--deepspeed.config", write_zero(folder, stage), "--batch.max_tokens_per_microbatch", 96]
             commands.append(["train", *config, *run, *options])
         run_commands(folder, commands, num_ranks=num_ranks)
+    for num_ranks in (2, 4):
+        commands = [
+            ["train", *config, "--output_dir", folder / name_of("shared", *shared), "--deepspeed.config", write_zero(folder, shared[1]), "--model.layout", shared[2],
+             "--batch.max_tokens_per_microbatch", SHARED_BUDGET, "--batch.sequence_parallel_size", 2]
+            for shared in SHARED if shared[0] == num_ranks
+        ]  # fmt: skip
+        run_commands(folder, commands, num_ranks=num_ranks)
     return folder
 
 
 def weights_after(run: Path) -> dict[str, torch.Tensor]:
     _, folder = list_checkpoints(run / "checkpoints")[-1]
-    return read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy="")))
+    return {name: weight.contiguous() for name, weight in read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy=""))).items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -100,7 +110,18 @@ def weights_after(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layout):
-    plain, split = runs / name_of(1, 0, "one", "padded"), runs / name_of(num_ranks, stage, budget, layout)
+    require_same_step(runs, runs / name_of(num_ranks, stage, budget, layout))
+
+
+@pytest.mark.parametrize("shared", sorted(SHARED))
+def test_nor_on_how_many_ranks_share_a_row(runs, shared):
+    assert TokenizedSplit.load(runs / "dataset" / "train").longest_pair_tokens > SHARED_BUDGET
+    require_same_step(runs, runs / name_of("shared", *shared))
+
+
+def require_same_step(runs: Path, split: Path) -> None:
+    """Compare a run's step with that of one rank, which had all rows in one micro-batch, padded: metrics and gradient."""
+    plain = runs / name_of(1, 0, "one", "padded")
     (wanted,), (found,) = read_metrics(plain), read_metrics(split)
     assert wanted["kl"] > 0.1 and wanted["count/chosen"] == 8
     for name in ("loss", "kl", "kl_stderr", "grad_norm", "logps/chosen", "logps/rejected"):

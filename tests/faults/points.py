@@ -65,7 +65,7 @@ PRECOMPUTE = [
 ]
 EXPORT = [
     Point("before weights are read", "kto_ds.runtime.restore.read_weights"),
-    Point("weights written, no tokenizer", "transformers.modeling_utils.PreTrainedModel.save_pretrained", "after"),
+    Point("weights written, no tokenizer", "kto_ds.model.save.write_model", "after"),
     Point("before the rename", "pathlib.Path.rename", "before", r"\.incomplete'\) "),
     Point("after the rename", "pathlib.Path.rename", "after", r"\.incomplete'\) "),
 ]

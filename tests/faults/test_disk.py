@@ -117,7 +117,7 @@ def test_train_on_a_full_disk(tiny, unbroken, small_disk, tmp_path, when):
 FULL_ARTEFACT = {
     "prepare": [Point("", "kto_ds.artifacts.seal"), Point("", "kto_ds.staging.write_resume")],
     "precompute-ref": [Point("", "kto_ds.data.reference.write_shard"), Point("", "kto_ds.artifacts.seal")],
-    "export": [Point("", "transformers.modeling_utils.PreTrainedModel.save_pretrained")],
+    "export": [Point("", "kto_ds.model.save.write_model")],
 }
 
 

@@ -9,7 +9,9 @@ from transformers import AttentionInterface
 
 from kto_ds.data.batch import Segments
 from kto_ds.errors import UserError
-from kto_ds.model.attention import KERNELS, NAME, choose_backend, packed_attention, register_attention, sdpa_kernel
+from kto_ds.model.attention import (
+    KERNELS, NAME, choose_backend, flash_attention_2_kernel, packed_attention, register_attention, sdpa_kernel, torch_varlen_kernel,
+)  # fmt: skip
 
 HEAD_SIZE = 6
 
@@ -97,12 +99,18 @@ def qkv(num_tokens: int, rows: int = 1) -> list[Tensor]:
     return [torch.randn(rows, 2, num_tokens, HEAD_SIZE) for _ in range(3)]
 
 
-@pytest.mark.parametrize("option", ["softcap", "s_aux"])
-def test_scores_that_are_changed_are_refused_and_not_ignored(option):
-    with pytest.raises(UserError, match=f"Odd needs attention with {option}") as caught:
-        packed_attention(sdpa_kernel, type("Odd", (), {})(), *qkv(3), None, segments=one_segment(3), **{option: 50.0})
+def test_soft_capped_scores_are_refused_and_not_ignored():
+    with pytest.raises(UserError, match="Odd needs soft-capped attention") as caught:
+        packed_attention(sdpa_kernel, type("Odd", (), {})(), *qkv(3), None, segments=one_segment(3), softcap=50.0)
     assert caught.value.where == "model.layout" and "padded" in caught.value.remedy
-    packed_attention(sdpa_kernel, None, *qkv(3), None, segments=one_segment(3), **{option: None})
+    packed_attention(sdpa_kernel, None, *qkv(3), None, segments=one_segment(3), softcap=None)
+
+
+@pytest.mark.parametrize("kernel", [torch_varlen_kernel, flash_attention_2_kernel])
+def test_sinks_are_refused_by_kernels_that_would_ignore_them(kernel):
+    with pytest.raises(UserError, match="Odd has attention sinks, which only the sdpa kernel serves") as caught:
+        packed_attention(kernel, type("Odd", (), {})(), *qkv(3), None, segments=one_segment(3), s_aux=torch.zeros(2))
+    assert caught.value.where == "model.attention" and "sdpa" in caught.value.remedy
 
 
 def test_a_model_that_drops_the_segments_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kto_ds.data.batch import LENGTHS_PER_DOUBLING, Batch, make_batch, row_length
+from kto_ds.data.batch import LENGTHS_PER_DOUBLING, Batch, make_batch, part_of, row_length
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import MicroBatch, make_units, pack
 from tests.unit.splits import make_split
@@ -66,6 +66,28 @@ def test_every_completion_token_is_predicted_from_exactly_what_precedes_it(seed,
             assert steps == [([*prompt, *completion[:index]], token) for index, token in enumerate(completion)]
         seen += batch.pair_ids.tolist()
     assert sorted(seen) == list(range(2 * split.num_examples))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_parts_of_a_row_have_its_tokens_and_predict_each_completion_token_once(seed, num_parts):
+    split = random_split(seed)
+    for micro_batch in [*micro_batches_of(split, "prefix_shared"), []]:
+        whole = make_batch(micro_batch, split, "prefix_shared", num_parts=num_parts)
+        parts = [part_of(whole, part, num_parts) for part in range(num_parts)]
+        length = whole.input_ids.shape[1] // num_parts
+        for field in ("input_ids", "position_ids"):
+            assert all(vars(part)[field].shape == (1, length) for part in parts)
+            assert torch.equal(torch.cat([vars(part)[field] for part in parts], dim=1), vars(whole)[field])
+        # (sequence, place in the row, target) of every scored token
+        scored = []
+        for number, part in enumerate(parts):
+            assert len(part.completion_lengths) == len(whole.completion_lengths) and part.segments == whole.segments
+            sequences = torch.repeat_interleave(torch.arange(len(whole.completion_lengths)), part.completion_lengths)
+            scored += zip(sequences.tolist(), (part.predictors + number * length).tolist(), part.targets.tolist())
+        of_whole = torch.repeat_interleave(torch.arange(len(whole.completion_lengths)), whole.completion_lengths)
+        assert sorted(scored) == sorted(zip(of_whole.tolist(), whole.predictors.tolist(), whole.targets.tolist()))
+        assert [part.is_counted for part in parts] == [True] + [False] * (num_parts - 1)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -170,3 +192,17 @@ def test_no_tensor_overlaps_itself(layout):
         batch = make_batch(micro_batch, split, layout)
         for tensor in (batch.input_ids, batch.position_ids, batch.predictors, batch.targets, batch.completion_lengths):
             assert all(stride > 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_token_is_used_by_the_pairs_it_belongs_to(layout):
+    split = random_split(1)
+    for micro_batch in micro_batches_of(split, layout, max_tokens=300):
+        batch = make_batch(micro_batch, split, layout)
+        counted = np.zeros(50)
+        for pair in batch.pair_ids:
+            np.add.at(counted, split.prompt(split.pair_prompts[pair]), 1)
+            np.add.at(counted, split.completion(pair), 1)
+        found = torch.zeros(50).index_add(0, batch.input_ids.flatten(), batch.uses.flatten())
+        assert batch.uses.shape == batch.input_ids.shape and found.tolist() == counted.tolist()
+    assert not make_batch([], split, layout).uses.any()

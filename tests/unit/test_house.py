@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), *sorted((ROOT / "tests").rglob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), *sorted((ROOT / "launch").rglob("*.sbatch")), *sorted((ROOT / "tests").rglob("*.sh")), ROOT / ".ci" / "run"]
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -77,7 +77,13 @@ def test_shell_scripts_parse_and_stop_at_errors(script):
         assert "\nset -euo pipefail\n" in text and os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", ["launch/pipeline.sh", "launch/single_node.sh"])
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    checked = subprocess.run(["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", [f"launch/{name}" for name in ("pipeline.sh", "single_node.sh", "multi_node.sh", "multi_node_no_ssh.sh", "torchrun.sh", "slurm_pipeline.sbatch")])
 def test_launchers_without_a_config_say_how_they_are_used(script):
     ended = subprocess.run(["bash", str(ROOT / script)], capture_output=True, text=True)
     assert ended.returncode == 2 and "RUN.yaml" in ended.stderr

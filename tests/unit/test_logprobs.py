@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kto_ds.model import logprobs
-from kto_ds.model.logprobs import ChunkedLogprobs, LogprobHead
+from kto_ds.model.logprobs import ChunkedLogprobs, LogitChange, LogprobHead
 
 
-def naive_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def naive_logps(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """[C] in float64: the logits [C, V] of all tokens exist."""
-    return torch.log_softmax(hidden.double() @ weight.double().T, dim=-1).gather(1, targets[:, None]).squeeze(1)
+    logits = scale * (hidden.double() @ weight.double().T)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def sample(num_tokens: int, hidden_size: int, vocab_size: int, dtype=torch.float32, scale: float = 1.0):
@@ -44,6 +46,18 @@ def test_values_and_both_gradients_do_not_depend_on_the_chunk(num_tokens, hidden
     gradients = torch.autograd.grad(logps, (hidden, weight), upstream)
     for found, oracle in zip(gradients, torch.autograd.grad(expected, (hidden, weight), upstream.double())):
         assert found.dtype == torch.float32 and relative(found, oracle.double()) < 2e-6
+
+
+@pytest.mark.parametrize("chunk_size", [3, 1000])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.4, None), (1.0, 3.0), (1.7, 2.0)])
+def test_logits_that_a_model_scales_or_caps(scale, softcap, chunk_size):
+    hidden, weight, targets, upstream = sample(17, 5, 37)
+    logps = ChunkedLogprobs.apply(hidden, weight, targets, chunk_size, LogitChange(scale, softcap))
+    expected = naive_logps(hidden, weight, targets, scale, softcap)
+    torch.testing.assert_close(logps.double(), expected, rtol=2e-6, atol=2e-6)
+    gradients = torch.autograd.grad(logps, (hidden, weight), upstream)
+    for found, oracle in zip(gradients, torch.autograd.grad(expected, (hidden, weight), upstream.double())):
+        assert relative(found, oracle.double()) < 2e-6
 
 
 def test_no_tokens_give_no_log_probs_and_gradients_of_zero():

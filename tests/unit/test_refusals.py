@@ -98,11 +98,15 @@ def test_sequences_longer_than_the_model_has_positions(folder, capsys):
     refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions to use"])
 
 
-def test_a_mixture_of_experts_says_so_before_its_weights_are_read(folder, capsys):
+def test_an_untested_mixture_of_experts_says_so_before_its_weights_are_read(folder, capsys):
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps({**config, "num_local_experts": 8}))
     (folder / "model" / "model.safetensors").unlink()
-    refuse(capsys, folder, "prepare", saying=["mixture of experts", "num_local_experts = 8"])
+    refuse(capsys, folder, "prepare", saying=["mixture of 8 experts", "not tested", "qwen3_moe"])
+
+
+def test_a_dense_model_has_no_router_to_balance(folder, capsys):
+    refuse(capsys, folder, "train", "--model.router_aux_loss_coef", "0.01", saying=["model.router_aux_loss_coef", "dense model"])
 
 
 def test_each_stage_names_the_command_that_is_missing(folder, capsys):
@@ -111,6 +115,12 @@ def test_each_stage_names_the_command_that_is_missing(folder, capsys):
     refuse(capsys, folder, "train", saying=["reference artefact is missing", "kto-ds precompute-ref"])
     refuse(capsys, folder, "export", saying=["no checkpoint", "kto-ds train"])
     refuse(capsys, folder, "evaluate", saying=["data.eval"])
+
+
+def test_ranks_that_a_secondary_partition_does_not_divide_are_refused(folder, capsys):
+    zero = folder / "hpz.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
+    refuse(capsys, folder, "train", "--deepspeed.config", str(zero), saying=["zero_hpz_partition_size = 2", "in every 2 ranks, and there are 1", "set it to the GPUs of a node"])
 
 
 def test_a_dataset_artefact_of_another_config_is_refused_with_every_differing_field(folder, capsys):
@@ -256,11 +266,18 @@ def test_rotary_embeddings_that_depend_on_the_batch_limit_the_length(folder, cap
     refuse(capsys, folder, "prepare", saying=["data.max_length", "only 4 positions to use"])
 
 
-def test_logits_that_are_scaled_after_the_head_are_refused(folder, capsys):
-    from transformers import GraniteConfig
+def test_logits_that_are_changed_after_the_head_are_refused_in_families_that_are_not_tested(folder, capsys):
+    from transformers import NanoChatConfig
 
-    GraniteConfig(vocab_size=VOCAB_SIZE, logits_scaling=8.0).save_pretrained(folder / "model")
-    refuse(capsys, folder, "prepare", saying=["logits_scaling = 8.0"])
+    NanoChatConfig(vocab_size=VOCAB_SIZE, final_logit_softcapping=15.0).save_pretrained(folder / "model")
+    refuse(capsys, folder, "prepare", saying=["final_logit_softcapping = 15.0"])
+
+
+def test_a_model_of_more_than_language_is_refused(folder, capsys):
+    from transformers import Gemma3Config
+
+    Gemma3Config().save_pretrained(folder / "model")
+    refuse(capsys, folder, "prepare", saying=["gemma3 is more than a language model"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig,
+    Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
 
 from kto_ds.data.ahead import ahead
 from kto_ds.data.batch_plan import plan_batches
@@ -183,6 +186,23 @@ def test_the_shape_of_a_model():
     shape = model_shape(Policy(Qwen3ForCausalLM(config)), config)
     assert shape == ModelShape(layer_weights=3 * (2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48), windows=(None,) * 3, attention_width=64, head_weights=3200)
     assert peak_flops(torch.device("cpu"), "bfloat16") is None
+
+
+def test_of_a_mixture_of_experts_those_count_that_a_token_meets():
+    config = GptOssConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=8, num_experts_per_tok=3,
+        sliding_window=5, pad_token_id=0,
+    )  # fmt: skip
+    attention, router, expert = 2 * 32 * 64 + 2 * 32 * 32, 8 * 32, 3 * 32 * 48
+    assert model_shape(Policy(GptOssForCausalLM(config)), config) == ModelShape(2 * (attention + router + 3 * expert), (5, None), 64, 3200)
+
+
+def test_linear_attention_attends_to_no_positions():
+    config = Qwen3_5TextConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    assert model_shape(Policy(Qwen3_5ForCausalLM(config)), config).windows == (None,)
 
 
 def test_families_with_names_of_their_own_windows_and_none_of_it():

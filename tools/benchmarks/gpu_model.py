@@ -33,6 +33,7 @@ TOLERANCE = {"cpu": 1e-6, "cuda": 1e-5}
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960, "rope_parameters": ROPE}
 SHAPES = {
+    "qwen3-0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True},
     "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": True},
     "qwen3-32b": {**QWEN3, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64, "tie_word_embeddings": False},
 }
