@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from kto_ds.model.flops import rate_of
-from kto_ds.model.states import GIB
+from kto_ds.model.placement import GIB
 
 GPUS_OF_A_NODE = 8
 # What torch has of the device's memory, GiB; and the name by which flops.py knows its rate.

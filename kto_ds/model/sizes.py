@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kto_ds.config import ModelConfig
 from kto_ds.model.lora import add_adapters
 from kto_ds.model.policy import decoder_layers
+from kto_ds.model.support import EXPERT_COUNTS
 
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class LayerWidths(NamedTuple):

@@ -7,9 +7,9 @@ import math
 from typing import NamedTuple
 
 from kto_ds.errors import UserError
+from kto_ds.model.placement import GIB
 from kto_ds.model.sizes import ModelSizes
 
-GIB = 1 << 30
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # float32 master weight; two moments of Adam; gradients add up in float32
 
 

@@ -18,8 +18,9 @@ from kto_ds.model.flops import ModelShape, model_shape
 from kto_ds.model.hardware import FAST_LINK, GPUS_OF_A_NODE, MEMORY_GIB, SLOW_LINK, Gpu, expected_speed, find_gpu, tokens_to_hide_gathers
 from kto_ds.model.memory import Load, Peak, peak_memory
 from kto_ds.model.policy import Policy
+from kto_ds.model.placement import GIB
 from kto_ds.model.sizes import ModelSizes, model_sizes, skeleton
-from kto_ds.model.states import GIB, Zero, checkpoint_bytes, offloaded_parameters, read_zero, require_partial_offload
+from kto_ds.model.states import Zero, checkpoint_bytes, offloaded_parameters, read_zero, require_partial_offload
 from kto_ds.model.support import DTYPES, choose_layout, find_model_config, longest_servable
 from kto_ds.report.plan_view import plot_plan, show_plan
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config
