@@ -6,7 +6,7 @@ lengths. Shared prompts work because the key segment of a completion is its prom
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
@@ -63,14 +63,11 @@ def sdpa_kernel(
     """
     if sinks is not None:
         return _sdpa_with_sinks(query, key, value, segments, sinks, scale=scale or query.shape[-1] ** -0.5, window=window)
-    queries = query.split(segments.query_lengths, dim=1)
-    keys, values = key.split(segments.key_lengths, dim=1), value.split(segments.key_lengths, dim=1)
-    grouped = query.shape[0] != key.shape[0]
     outputs = []
-    for q, k, v in zip(queries, keys, values):
+    for q, k, v in _by_segment(query, key, value, segments):
         square = q.shape[1] == k.shape[1] and not (window and window < k.shape[1])
         mask = None if square else _causal_mask(q.shape[1], k.shape[1], window, q.device)
-        outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)[0])
+        outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=query.shape[0] != key.shape[0])[0])
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
@@ -82,14 +79,16 @@ def _sdpa_with_sinks(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
     key, value = F.pad(key, (0, 8)), F.pad(value, (0, 8))
     sink_key, sink_value = torch.zeros_like(key[:, :1]), torch.zeros_like(value[:, :1])
     sink_key[..., -8] = 1
-    queries = query.split(segments.query_lengths, dim=1)
-    keys, values = key.split(segments.key_lengths, dim=1), value.split(segments.key_lengths, dim=1)
     outputs = []
-    for q, k, v in zip(queries, keys, values):
+    for q, k, v in _by_segment(query, key, value, segments):
         mask = F.pad(_causal_mask(q.shape[1], k.shape[1], window, q.device), (0, 1), value=True)
         k, v = torch.cat([k, sink_key], dim=1), torch.cat([v, sink_value], dim=1)
         outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=query.shape[0] != key.shape[0])[0])
     return torch.cat(outputs, dim=1).transpose(0, 1)[..., :-8]
+
+
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(query.split(segments.query_lengths, dim=1), key.split(segments.key_lengths, dim=1), value.split(segments.key_lengths, dim=1))
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

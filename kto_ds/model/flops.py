@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Unit
 from kto_ds.model.policy import Policy
-from kto_ds.model.support import ATTENTION_LAYERS
+from kto_ds.model.support import ATTENTION_LAYERS, experts_of_a_token
 
 # Dense bfloat16 rates in FLOP/s as NVIDIA's data sheets give them, by words of the device's name; of several that fit, the first.
 PEAK_FLOPS = {
@@ -72,7 +72,7 @@ def _elements_met(name: str, parameter: Tensor, config: PretrainedConfig) -> int
     """Return how many elements of a matrix one token is multiplied with; the matrices of all experts are one tensor, and a token meets those of a few."""
     shape = _shape(parameter)
     if "experts" in name.split("."):
-        return math.prod(shape) // shape[0] * config.num_experts_per_tok if len(shape) == 3 else 0
+        return math.prod(shape) // shape[0] * experts_of_a_token(config) if len(shape) == 3 else 0
     return math.prod(shape) if len(shape) == 2 else 0
 
 

@@ -30,6 +30,12 @@ from kto_ds.model.support import DTYPES, padded_attention, weight_files
 from kto_ds.model.weight_files import open_weights
 
 
+def destination(model: ModelConfig, partition_for: dict | None, device: torch.device) -> dict:
+    """Return where load_policy is to put the weights, as its keyword arguments: in partitions where there is a DeepSpeed stage 3 config, else on `device`."""
+    # transformers does not partition 4-bit weights: these are small enough to lie on one device until DeepSpeed does.
+    return {"partition_for": partition_for} if partition_for and not model.load_in_4bit else {"device": device}
+
+
 def load_policy(
     model: ModelConfig,
     config: PretrainedConfig,
@@ -48,7 +54,7 @@ def load_policy(
     """Read the weights and return the Policy, dropout and noise of routers off, in train mode so that checkpointing is active.
 
     With `partition_for`, a DeepSpeed stage 3 config, every rank reads its part of every parameter and no more. With `device` the weights are
-    read to it one by one, so that the ranks of a machine do not each hold a copy in its memory first; weights of 4 bits go there in any case.
+    read to it one by one, so that the ranks of a machine do not each hold a copy in its memory first.
     `beat` is called as the reading goes on. `model.lora` puts fresh adapters on, drawn from `seed`; `adapter` is a folder with trained ones.
     """
     for name, value in config.to_dict().items():
@@ -61,7 +67,7 @@ def load_policy(
     folder, names = weight_files(model)
     began, size = time.monotonic(), sum((folder / name).stat().st_size for name in names)
     is_main = not deepspeed.comm.is_initialized() or deepspeed.comm.get_rank() == 0
-    lm = _stream(model, config, attention, partition_for, beat) if partition_for and not model.load_in_4bit else None
+    lm = _stream(model, config, attention, partition_for, beat) if partition_for else None
     lm = lm or _from_pretrained(model, config, attention, partition_for, device)
     seconds = time.monotonic() - began
     if is_main:
@@ -82,15 +88,13 @@ def load_policy(
 
 def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: str, partition_for: dict | None, device: torch.device | None) -> PreTrainedModel:
     # transformers looks for a living HfDeepSpeedConfig through a weak reference while it loads.
-    # It does not partition 4-bit weights: these are small enough to lie on one device until DeepSpeed does.
-    partitions = partition_for and not model.load_in_4bit
-    keep_alive = HfDeepSpeedConfig(partition_for) if partitions else contextlib.nullcontext()
+    keep_alive = HfDeepSpeedConfig(partition_for) if partition_for else contextlib.nullcontext()
     folder, _ = weight_files(model)
     try:
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention,
             use_safetensors=True, trust_remote_code=model.trust_remote_code, output_loading_info=True,
-            device_map=None if device is None or partitions else {"": device},
+            device_map=None if device is None else {"": device},
             quantization_config=four_bits(DTYPES[model.dtype]) if model.load_in_4bit else None,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # a quantised model asks for libraries of its own

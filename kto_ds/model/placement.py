@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from kto_ds.model.logprobs import DEVICE_CHUNK_BYTES
-from kto_ds.model.support import DTYPES, num_experts
+from kto_ds.model.support import DTYPES, experts_of_a_token
 
 GIB = 1 << 30
 # Of the free memory; the allocator's fragments and the kernels' own buffers take the rest.
@@ -47,7 +47,7 @@ def working_bytes(config: PretrainedConfig, max_tokens: int, dtype: str) -> int:
     entries = config.get_text_config().to_dict()
     hidden = entries.get("hidden_size") or 0
     inner = entries.get("intermediate_size") or 4 * hidden
-    if copies := num_experts(config) and config.num_experts_per_tok:
+    if copies := experts_of_a_token(config.get_text_config()):
         inner = max(inner, copies * (entries.get("moe_intermediate_size") or inner))
     return max_tokens * ((8 + 2 * copies) * hidden + 3 * inner) * DTYPES[dtype].itemsize + DEVICE_CHUNK_BYTES
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kto_ds.model.support import num_experts
+from kto_ds.model.support import experts_of_a_token
 
 
 class RouterLoad(NamedTuple):
@@ -58,4 +58,5 @@ class RouterMeter:
 
 def meter_routers(lm: PreTrainedModel, config: PretrainedConfig) -> RouterMeter | None:
     """Return the meter of a mixture of experts, None for a dense model."""
-    return RouterMeter(lm, config.num_experts_per_tok) if num_experts(config) else None
+    top_k = experts_of_a_token(config)
+    return RouterMeter(lm, top_k) if top_k else None

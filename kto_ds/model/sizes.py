@@ -1,17 +1,19 @@
 """What a model is made of, counted on the meta device: exact to the element, without weights and in seconds for any size."""
 
 import copy
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kto_ds.config import ModelConfig
 from kto_ds.model.lora import add_adapters
+from kto_ds.model.placement import FOUR_BIT_BYTES
 from kto_ds.model.policy import decoder_layers
-from kto_ds.model.support import EXPERT_COUNTS
-
-EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
+from kto_ds.model.support import experts_of_a_token, num_experts
 
 
 class LayerWidths(NamedTuple):
@@ -35,6 +37,7 @@ class ModelSizes(NamedTuple):
     active: int  # parameters that a token meets: all but the experts it does not go to
     vocab: int
     widths: LayerWidths
+    beside: int = 0  # elements that lie whole on every rank beside the parameters
 
     @property
     def total(self) -> int:
@@ -65,7 +68,7 @@ def model_sizes(lm: PreTrainedModel) -> ModelSizes:
     layers = decoder_layers(lm)
     experts = sum(parameter.numel() for layer in layers for name, parameter in layer.named_parameters() if ".experts." in name)
     config = lm.config.get_text_config()
-    idle_share = 1 - _number(config, *EXPERTS_OF_A_TOKEN) / _number(config, *EXPERT_COUNTS) if experts else 0.0
+    idle_share = 1 - experts_of_a_token(config) / num_experts(config) if experts else 0.0
     return ModelSizes(
         parameters=_numels(parameters),
         trainable=trainable_sizes(lm),
@@ -78,6 +81,21 @@ def model_sizes(lm: PreTrainedModel) -> ModelSizes:
         vocab=head.shape[0],
         widths=_widths(config, {name for layer in layers[:1] for name, _ in layer.named_parameters()}),
     )
+
+
+def sizes_in_4_bits(sizes: ModelSizes, lm: PreTrainedModel, weight_bytes: int) -> ModelSizes:
+    """Return the sizes as memory sees them with model.load_in_4bit: elements of `weight_bytes` that packed matrices take, and beside them their scales and the one that is whole at a time."""
+    head = lm.get_output_embeddings()
+    matrices = {id(module.weight): module.weight.numel() for module in lm.modules() if type(module) is nn.Linear and module is not head and not module.weight.requires_grad}
+    scales = (FOUR_BIT_BYTES - 0.5) * sum(matrices.values())
+
+    def held(parameters: Iterable[nn.Parameter]) -> tuple[int, ...]:
+        return tuple(math.ceil(numel / 2 / weight_bytes) if id(parameter) in matrices else numel for parameter in parameters for numel in [parameter.numel()])
+
+    return sizes._replace(
+        parameters=held(lm.parameters()), layers=tuple(sum(held(layer.parameters())) for layer in decoder_layers(lm)),
+        beside=round(scales / weight_bytes) + max(matrices.values(), default=0),
+    )  # fmt: skip
 
 
 def trainable_sizes(lm: PreTrainedModel) -> tuple[int, ...]:
@@ -93,8 +111,8 @@ def _widths(config: PretrainedConfig, names: set[str]) -> LayerWidths:
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     head_size = _number(config, "head_dim", default=hidden // heads)
     inner = _number(config, "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
-    if _number(config, *EXPERT_COUNTS) > 1:
-        inner = _number(config, "moe_intermediate_size", default=inner) * _number(config, *EXPERTS_OF_A_TOKEN) + _number(config, "shared_expert_intermediate_size", default=0)
+    if copies := experts_of_a_token(config):
+        inner = copies * _number(config, "moe_intermediate_size", default=inner) + _number(config, "shared_expert_intermediate_size", default=0)
     return LayerWidths(hidden, heads * head_size, _number(config, "num_key_value_heads", default=heads) * head_size, inner, any("q_norm" in name for name in names))
 
 

@@ -55,14 +55,14 @@ def read_zero(deepspeed_config: dict) -> Zero:
 
 def state_bytes(sizes: ModelSizes, zero: Zero, weight_bytes: int, num_ranks: int) -> States:
     """Return the states of one of `num_ranks` ranks."""
-    whole, trained = weight_bytes * sizes.total, sum(sizes.trainable)
+    whole, trained = weight_bytes * (sizes.total + sizes.beside), sum(sizes.trainable)
     if zero.stage == 0:
         return States(whole, weight_bytes * trained, (MOMENT_BYTES + (MASTER_BYTES if weight_bytes == 2 else 0)) * trained)
     if zero.stage < 3:
         own = math.ceil(trained / num_ranks)
         gradients, optimizer = GRADIENT_BYTES * (trained if zero.stage == 1 else own), (MASTER_BYTES + MOMENT_BYTES) * own
         return States(whole, gradients, optimizer) if not zero.offload_share else States(whole, gradients, 0, host=optimizer + GRADIENT_BYTES * own)
-    weights = weight_bytes * sum(math.ceil(numel / num_ranks) for numel in sizes.parameters)
+    weights = weight_bytes * (sum(math.ceil(numel / num_ranks) for numel in sizes.parameters) + sizes.beside)
     copies = 0  # of small parameters, and for hpZ of all
     if num_ranks > 1:
         copies = weight_bytes * sum(numel for numel in sizes.parameters if numel <= zero.persistent_below)

@@ -28,6 +28,7 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weight file, for sampled_digest
 # How weights are quantised with model.load_in_4bit, in transformers' words.
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
 # Mixtures of experts that tests/unit/test_families.py compares with transformers' own forward; their routers give a softmax over the experts.
 MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "qwen3_next", "qwen3_5_moe_text")
 SINK_FAMILIES = ("gpt_oss",)  # every query of a head has one score more than keys
@@ -75,6 +76,13 @@ def num_experts(config: PretrainedConfig) -> int:
     entries = config.to_dict()
     counts = [entries.get(name) or 0 for name in EXPERT_COUNTS]
     return max(counts) if max(counts) > 1 else 0
+
+
+def experts_of_a_token(config: PretrainedConfig) -> int:
+    """Return how many experts a token is routed to, 0 for a dense model; 1 where the config of a mixture does not say."""
+    # As attributes, not as entries: some families have names of their own, which transformers maps.
+    found = (getattr(config, name, None) for name in EXPERTS_OF_A_TOKEN)
+    return next((count for count in found if count), 1) if num_experts(config) else 0
 
 
 def router_aux_loss_coef(model: ModelConfig, config: PretrainedConfig) -> float | None:

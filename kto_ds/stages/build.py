@@ -10,15 +10,19 @@ from kto_ds.data.packing import require_fit
 from kto_ds.data.sharding import Sharding
 from kto_ds.model.checkpointing import checkpointed_share
 from kto_ds.model.flops import ModelShape, model_shape
-from kto_ds.model.load import load_policy
+from kto_ds.model.load import destination, load_policy
 from kto_ds.model.lora import in_words as adapters_in_words
+from kto_ds.model.lora import require_lora_served
 from kto_ds.model.scoring import Serving
-from kto_ds.model.support import model_digest
-from kto_ds.runtime.collectives import World, neighbours, on_main_rank
+from kto_ds.model.sizes import model_sizes, skeleton
+from kto_ds.model.states import read_zero, require_partial_offload, require_room
+from kto_ds.model.support import DTYPES, model_digest, require_sharable
+from kto_ds.runtime.collectives import World, neighbours, on_main_rank, total_memory
 from kto_ds.runtime.deepspeed_config import zero_stage
 from kto_ds.runtime.engine import Engine
 from kto_ds.runtime.sequence_parallel import exchanging
 from kto_ds.runtime.watch import beat
+from kto_ds.runtime.zero_keys import require_world
 from kto_ds.stages.identity import resolve_weights, run_record
 from kto_ds.stages.inputs import open_dataset, open_reference
 from kto_ds.stages.resume import require_known_metric
@@ -53,17 +57,26 @@ def open_inputs(config: RunConfig) -> Inputs:
     return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity))
 
 
+def require_served(config: RunConfig, model_config: PretrainedConfig, deepspeed_config: dict, serving: Serving, world: World) -> None:
+    """Refuse what cannot run on these ranks: groups that do not divide them, adapters that have no place, a DeepSpeed config or states beyond them."""
+    require_sharable(config.batch.sequence_parallel_size, model_config, layout=serving.layout, num_ranks=world.num_ranks)
+    require_lora_served(config.model, model_config, world.device)
+    require_world(deepspeed_config, world.num_ranks, where=config.deepspeed.config)
+    if world.device.type == "cuda" and not config.model.load_in_4bit:
+        sizes, zero = model_sizes(skeleton(config.model, model_config)), read_zero(deepspeed_config)
+        require_partial_offload(sizes, zero, world.num_ranks)
+        require_room(sizes, zero, DTYPES[config.model.dtype].itemsize, world.num_ranks, total_memory(world.device))
+
+
 def build_engine(
     config: RunConfig, model_config: PretrainedConfig, serving: Serving, deepspeed_config: dict, inputs: Inputs, world: World
 ) -> tuple[Engine, ModelShape | None]:
     require_same_weights(config.model)
     group = neighbours(config.batch.sequence_parallel_size)
-    where = {"partition_for": deepspeed_config} if zero_stage(deepspeed_config) == 3 else {"device": world.device}
-    if config.model.load_in_4bit:
-        where["device"] = world.device
     policy = load_policy(
         config.model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, exchange=group and exchanging(group),
-        gradient_checkpointing=config.model.gradient_checkpointing, seed=config.seed, beat=beat, **where,
+        gradient_checkpointing=config.model.gradient_checkpointing, seed=config.seed, beat=beat,
+        **destination(config.model, deepspeed_config if zero_stage(deepspeed_config) == 3 else None, world.device),
     )  # fmt: skip
     if config.model.lora is not None and world.is_main:
         print(adapters_in_words(config.model, policy.lm), flush=True)

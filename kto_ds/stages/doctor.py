@@ -32,6 +32,7 @@ from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspe
 from kto_ds.runtime.engine import saved_bytes
 from kto_ds.runtime.peers import End
 from kto_ds.runtime.retention import folder_bytes, list_checkpoints
+from kto_ds.stages.build import require_served
 from kto_ds.stages.rehearsal import Rehearsal, rehearse
 from kto_ds.stages.serving import require_same_weights
 
@@ -248,7 +249,16 @@ def _phases(config: RunConfig, world: World, facts: list[Facts], settings: Setti
         "speed": lambda: [transfers.check_speeds(probes.probe_arithmetic(world), facts)],
         "clocks": lambda: [network.check_clocks(probes.clocks(), facts)],
     }
-    return {**(collectives if world.num_ranks > 1 else {}), "folders": lambda: _look_at_folders(config, world, facts, settings)}
+    others = {"job": lambda: [_check_job(config, settings, world)], "folders": lambda: _look_at_folders(config, world, facts, settings)}
+    return {**(collectives if world.num_ranks > 1 else {}), **others}
+
+
+def _check_job(config: RunConfig, settings: Settings, world: World) -> Finding:
+    try:
+        require_served(config, settings.model_config, settings.deepspeed_config, settings.serving, world)
+    except UserError as error:
+        return wrong_by("job", error)
+    return Finding("job", f"{world.num_ranks} rank{'s' * (world.num_ranks > 1)} can share out the model and its states")
 
 
 def _look_at_folders(config: RunConfig, world: World, facts: list[Facts], settings: Settings) -> list[Finding]:

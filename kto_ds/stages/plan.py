@@ -19,7 +19,7 @@ from kto_ds.model.hardware import FAST_LINK, GPUS_OF_A_NODE, MEMORY_GIB, SLOW_LI
 from kto_ds.model.memory import Load, Peak, peak_memory
 from kto_ds.model.policy import Policy
 from kto_ds.model.placement import GIB
-from kto_ds.model.sizes import ModelSizes, model_sizes, skeleton
+from kto_ds.model.sizes import ModelSizes, model_sizes, sizes_in_4_bits, skeleton
 from kto_ds.model.states import Zero, checkpoint_bytes, offloaded_parameters, read_zero, require_partial_offload
 from kto_ds.model.support import DTYPES, choose_layout, find_model_config, longest_servable
 from kto_ds.report.plan_view import plot_plan, show_plan
@@ -75,6 +75,7 @@ def make_plan(config: RunConfig, gpu: Gpu, counts: tuple[int, ...]) -> dict:
     model_config = find_model_config(config.model)
     lm = skeleton(config.model, model_config)
     sizes = model_sizes(lm)
+    held = sizes_in_4_bits(sizes, lm, DTYPES[config.model.dtype].itemsize) if config.model.load_in_4bit else sizes
     shape = model_shape(Policy(lm), model_config)
     if shape and sizes.active < sizes.total:
         shape = shape._replace(layer_weights=sizes.active - sizes.embedding - sizes.head)
@@ -86,7 +87,7 @@ def make_plan(config: RunConfig, gpu: Gpu, counts: tuple[int, ...]) -> dict:
     entries, unsuitable = [], []
     for num_gpus, work in works.items():
         try:
-            entries.append(_entry(config, sizes, shape, gpu, work, raw, num_gpus))
+            entries.append(_entry(config, sizes, held, shape, gpu, work, raw, num_gpus))
         except UserError as error:
             if num_gpus == counts[-1] and not entries:
                 raise
@@ -104,12 +105,15 @@ def make_plan(config: RunConfig, gpu: Gpu, counts: tuple[int, ...]) -> dict:
     }  # fmt: skip
 
 
-def _entry(config: RunConfig, sizes: ModelSizes, shape: ModelShape | None, gpu: Gpu, work: Work, raw: dict, num_gpus: int) -> dict:
+def _entry(config: RunConfig, sizes: ModelSizes, held: ModelSizes, shape: ModelShape | None, gpu: Gpu, work: Work, raw: dict, num_gpus: int) -> dict:
+    """Return what the run takes on so many GPUs; `held` are the sizes as memory sees them."""
     require_world(raw, num_gpus, where=config.deepspeed.config)
     zero, load = _zero(config, raw), _load(config, work)
     require_partial_offload(sizes, zero, num_gpus)
-    peak = peak_memory(sizes, zero, load, num_gpus)
-    smallest = next((name for name in LADDER if _total(peak_memory(sizes, _zero(config, read_deepspeed_config(name)), load, num_gpus)) <= gpu.memory_bytes), None)
+    peak = peak_memory(held, zero, load, num_gpus)
+    whole = load.weight_bytes * held.total if config.model.load_in_4bit else 0  # read so to every GPU, before ZeRO-3 partitions it
+    total = max(whole, _total(peak))
+    smallest = next((name for name in LADDER if max(whole, _total(peak_memory(held, _zero(config, read_deepspeed_config(name)), load, num_gpus))) <= gpu.memory_bytes), None)
     offloaded = offloaded_parameters(sizes, zero, num_gpus)
     speed = shape and expected_speed(
         gpu, step_flops=work.step_flops, step_tokens=work.step_tokens, num_gpus=num_gpus, is_sparse=sizes.active < sizes.total, offloaded=offloaded
@@ -117,8 +121,8 @@ def _entry(config: RunConfig, sizes: ModelSizes, shape: ModelShape | None, gpu: 
     hours = speed and work.num_steps and [work.num_steps * seconds / 3600 for seconds in reversed(speed.seconds_per_step)]
     of_node = min(num_gpus, GPUS_OF_A_NODE)
     return {
-        "num_gpus": num_gpus, "memory_bytes": peak.memory._asdict(), "total_bytes": _total(peak), "fits": _total(peak) <= gpu.memory_bytes, "highest_moment": peak.moment,
-        "smallest_config": smallest, "host_bytes_of_a_node": _host(sizes, load, peak, of_node),
+        "num_gpus": num_gpus, "memory_bytes": peak.memory._asdict(), "total_bytes": total, "fits": total <= gpu.memory_bytes,
+        "highest_moment": "reading the weights" if whole == total else peak.moment, "smallest_config": smallest, "host_bytes_of_a_node": _host(held, load, peak, of_node),
         "step_flops": work.step_flops, "tokens_per_second": speed and list(speed.tokens_per_second), "hours": hours or None,
         "micro_batch_tokens": work.micro_batch_tokens, "fewest_prompts": work.fewest_prompts,
     }  # fmt: skip

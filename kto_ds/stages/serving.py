@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from kto_ds.artifacts import folder_digest
 from kto_ds.config import ModelConfig, RunConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.packing import Layout, MicroBatch
 from kto_ds.data.reference import LARGEST_LOGP, ROUNDING, ReferenceRows, no_rows
 from kto_ds.data.reference_work import Shard
 from kto_ds.errors import UserError, excerpt
-from kto_ds.model.load import load_policy
+from kto_ds.model.load import destination, load_policy
+from kto_ds.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kto_ds.model.placement import Placement, choose_placement, weight_bytes, working_bytes
 from kto_ds.model.scoring import Serving, score
 from kto_ds.model.support import sampled_digest, weight_files
@@ -38,28 +40,29 @@ def place(config: RunConfig, model: ModelConfig, model_config: PretrainedConfig,
     )
 
 
-def require_same_weights(model: ModelConfig) -> None:
-    """Refuse weights that are not the same for all ranks, as copies on the disks of several machines can be. All ranks call this."""
-    found = gather_objects(sampled_digest(model))
+def require_same_weights(model: ModelConfig, adapter: Path | None = None) -> None:
+    """Refuse weights, or those of an adapter, that are not the same for all ranks, as copies on the disks of several machines can be. All ranks call this."""
+    found = gather_objects((sampled_digest(model), adapter and folder_digest(adapter, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])))
     others = [rank for rank, digest in enumerate(found) if digest != found[0]]
     if others:
-        what = f"rank {others[0]} sees other weights under {excerpt(model.path)} than rank 0"
-        raise UserError(what, where="model.path", remedy="use one folder that all ranks see, or give every machine the same files")
+        place, where = (model.path, "model.path") if found[others[0]][0] != found[0][0] else (str(adapter), "eval.path")
+        what = f"rank {others[0]} sees other weights under {excerpt(place)} than rank 0"
+        raise UserError(what, where=where, remedy="use one folder that all ranks see, or give every machine the same files")
 
 
 def load_scorer(
     config: RunConfig, model: ModelConfig, model_config: PretrainedConfig, serving: Serving, placement: Placement, world: World, *, adapter: Path | None = None
 ) -> Callable[..., Tensor]:
     """Return the model as something that scores batches as Policy does; a partitioned one must be called equally often on every rank."""
-    require_same_weights(model)
+    require_same_weights(model, adapter)
     load = partial(
-        load_policy, model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, gradient_checkpointing=False, device=world.device,
-        adapter=adapter, beat=beat,
+        load_policy, model, model_config, layout=serving.layout, backend=serving.backend, kernels=serving.kernels, gradient_checkpointing=False, adapter=adapter,
+        beat=beat,
     )  # fmt: skip
     if placement.kind == "replica":
-        return load().eval()
+        return load(**destination(model, None, world.device)).eval()
     shards = reading_config(read_deepspeed_config(config.deepspeed.config), dtype=model.dtype)
-    return shard_for_reading(load(partition_for=shards).eval(), shards)
+    return shard_for_reading(load(**destination(model, shards, world.device)).eval(), shards)
 
 
 class Way(NamedTuple):

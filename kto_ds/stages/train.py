@@ -3,31 +3,25 @@
 import time
 
 import numpy as np
-from transformers import PretrainedConfig
-
 from kto_ds.config import RunConfig
 from kto_ds.config_text import write_yaml
 from kto_ds.model.checkpointing import in_words
 from kto_ds.model.flops import peak_flops
-from kto_ds.model.lora import require_lora_served
 from kto_ds.model.scoring import Serving, choose_serving
-from kto_ds.model.sizes import model_sizes, skeleton
-from kto_ds.model.states import read_zero, require_partial_offload, require_room
-from kto_ds.model.support import DTYPES, read_model_config, require_sharable, require_trainable, router_aux_loss_coef
+from kto_ds.model.support import read_model_config, require_trainable, router_aux_loss_coef
 from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
-from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start, total_memory
+from kto_ds.runtime.collectives import any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.guard import GO_ON, guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
-from kto_ds.runtime.zero_keys import require_world
-from kto_ds.stages.build import build_engine, open_inputs, plan_steps
+from kto_ds.stages.build import build_engine, open_inputs, plan_steps, require_served
 from kto_ds.stages.identity import weights_line
 from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
@@ -52,7 +46,7 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         status.running(0)
         deepspeed_config = complete_deepspeed_config(raw_deepspeed_config, optim=config.optim, dtype=config.model.dtype, on_cuda=world.device.type == "cuda")
         serving = choose_serving(config.model, model_config, world.device)
-        _require_served(config, model_config, deepspeed_config, serving, world)
+        require_served(config, model_config, deepspeed_config, serving, world)
         inputs = open_inputs(config)
         checkpoint = find_checkpoint(config, inputs.record, inputs.plan, world, zero_stage(deepspeed_config), accept_changes=accept_changes)
         if checkpoint is None or checkpoint.step < inputs.plan.num_steps:
@@ -140,17 +134,6 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
         timer.begin("host")
     watch.enter("closing", plan.num_steps)
     return laps, None
-
-
-def _require_served(config: RunConfig, model_config: PretrainedConfig, deepspeed_config: dict, serving: Serving, world: World) -> None:
-    """Refuse what cannot run on these ranks: groups that do not divide them, adapters that have no place, a DeepSpeed config or states beyond them."""
-    require_sharable(config.batch.sequence_parallel_size, model_config, layout=serving.layout, num_ranks=world.num_ranks)
-    require_lora_served(config.model, model_config, world.device)
-    require_world(deepspeed_config, world.num_ranks, where=config.deepspeed.config)
-    if world.device.type == "cuda" and not config.model.load_in_4bit:
-        sizes, zero = model_sizes(skeleton(config.model, model_config)), read_zero(deepspeed_config)
-        require_partial_offload(sizes, zero, world.num_ranks)
-        require_room(sizes, zero, DTYPES[config.model.dtype].itemsize, world.num_ranks, total_memory(world.device))
 
 
 def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:

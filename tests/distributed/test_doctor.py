@@ -124,12 +124,13 @@ def add_wrongly_elsewhere(rank: int, *, folder: Path) -> None:
         dist.all_reduce = wrong
 
 
-def test_wrong_sums_and_other_folders_name_the_rank(tiny, tmp_path):
+def test_wrong_sums_other_folders_and_a_job_that_does_not_fit_the_ranks(tiny, tmp_path):
     config = config_of(tiny, output_dir="run")
-    exit_codes, output = ranks.run(["doctor", *config, "--quick"], log=tmp_path / "log", before=functools.partial(add_wrongly_elsewhere, folder=tmp_path))
+    exit_codes, output = ranks.run(["doctor", *config, "--quick", "--batch.sequence_parallel_size", "4"], log=tmp_path / "log", before=functools.partial(add_wrongly_elsewhere, folder=tmp_path))
     assert exit_codes == [2, 2], output[-6000:]
     message = output[output.index("kto-ds: error") :]
-    assert "2 things are wrong" in message and "all-reduce: rank 1 (host " in message, message
+    assert "3 things are wrong" in message and "job: batch.sequence_parallel_size: 2 ranks cannot be shared out to groups of 4 ranks" in message, message
+    assert "all-reduce: rank 1 (host " in message, message
     assert f"{tmp_path}/host1/run of rank 1" in message and output.count("kto-ds: error") == 1
 
 

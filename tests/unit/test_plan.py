@@ -100,6 +100,22 @@ def test_memory_of_32_billion_beside_the_estimate_that_it_was_planned_with(tmp_p
     assert any(warning.startswith("8 x H100: zero3 needs") for warning in plan["warnings"])
 
 
+def test_weights_of_four_bits_are_counted_as_they_lie(tmp_path, capsys):
+    shape, options = PUBLISHED["Qwen3-32B"], ["--model.lora.r", "16", "--num_gpus", "8"]
+    run = write_run(tmp_path, shape)
+    adapted, packed = (planned(capsys, run, *options, *more)["gpus"][0] for more in ([], ["--model.load_in_4bit", "true"]))
+    hidden, query, key, inner = 5120, 64 * 128, 8 * 128, 25_600
+    matrices = 64 * (2 * hidden * query + 2 * hidden * key + 3 * hidden * inner)
+    # Half a byte for two, cut among the ranks; on each of them all scales, 0.016 bytes a weight, and a matrix that is whole while it is multiplied with.
+    saved = 2 * matrices / 8 - (matrices / 2 / 8 + 0.016 * matrices + 2 * hidden * inner)
+    assert adapted["memory_bytes"]["weights"] - packed["memory_bytes"]["weights"] == pytest.approx(saved, rel=1e-3)
+    assert adapted["memory_bytes"]["optimizer"] == packed["memory_bytes"]["optimizer"]
+    # Every rank reads all of it before it is cut, which on many small GPUs takes more than the run.
+    small = planned(capsys, run, *options, "--model.load_in_4bit", "true", "--batch.max_tokens_per_microbatch", "1024", "--data.max_length", "1024", "--gpu", "L40S", "--num_gpus", "64")
+    read = matrices / 2 + 2 * (2 * 151_936 * hidden + small["model"]["trainable"])
+    assert small["gpus"][0]["highest_moment"] == "reading the weights" and small["gpus"][0]["total_bytes"] == pytest.approx(read, rel=1e-3)
+
+
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tmp_path, capsys):
     run = write_run(tmp_path, PUBLISHED["Llama-3.3-70B"])
     assert cli.run(["plan", "--config", str(run), "--gpu", "h100", "--num_gpus", "8"]) == 2
