@@ -189,7 +189,7 @@ def _run(command: str, options: list[str]) -> None:
         parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run")
         parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
         arguments = parser.parse_args(options)
-        _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
+        load_stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
         return
     config, given = read_config(command, options)
     if given.print_config:
@@ -197,10 +197,10 @@ def _run(command: str, options: list[str]) -> None:
         return
     if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
-    _stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
+    load_stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
 
 
-def _stage(command: str) -> Callable:
+def load_stage(command: str) -> Callable:
     """Import a stage only when it runs: torch and DeepSpeed take seconds, and must not delay a message about a config key."""
     _quiet_libraries()
     if "DS_ACCELERATOR" not in os.environ:

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from kto_ds.errors import UserError
 from kto_ds.model.flops import rate_of
 from kto_ds.model.placement import GIB
 
@@ -36,11 +37,13 @@ class Speed(NamedTuple):
     seconds_per_step: tuple[float, float]  # the slow one first
 
 
-def find_gpu(name: str) -> Gpu | None:
-    """Return the kind of GPU by its name here, None where there is no such kind."""
+def find_gpu(name: str) -> Gpu:
+    """Return the kind of GPU by its name here; UserError where there is no such kind."""
     known = {kind.lower(): kind for kind in MEMORY_GIB}
     kind = known.get(name.lower())
-    return kind and Gpu(kind, round(MEMORY_GIB[kind] * GIB), rate_of(RATE_NAMES.get(kind, kind)))
+    if kind is None:
+        raise UserError(f"unknown kind of GPU: {name!r}", where="--gpu", remedy=f"use one of {', '.join(MEMORY_GIB)}")
+    return Gpu(kind, round(MEMORY_GIB[kind] * GIB), rate_of(RATE_NAMES.get(kind, kind)))
 
 
 def expected_speed(gpu: Gpu, *, step_flops: float, step_tokens: float, num_gpus: int, is_sparse: bool, offloaded: int) -> Speed:

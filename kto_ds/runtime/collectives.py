@@ -1,7 +1,6 @@
 """The ranks of a run and what they tell each other. Only this file and probes.py use torch.distributed."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from kto_ds.errors import KtoError, UserError
+from kto_ds.launching import free_port
 from kto_ds.runtime.watch import beat, follow
 
 Result = TypeVar("Result")
@@ -90,13 +90,6 @@ def free_memory(world: World) -> int:
 def total_memory(device: torch.device) -> int:
     """Return the bytes of a CUDA device, whoever uses them now."""
     return torch.cuda.get_device_properties(device).total_memory
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def sum_across_ranks(values: Tensor) -> Tensor:

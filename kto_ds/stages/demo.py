@@ -1,11 +1,8 @@
 """The whole pipeline on a task that a program can check: the commands a user would type, and what they changed."""
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -17,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kto_ds.demo import base_model, task
 from kto_ds.errors import KtoError, UserError
+from kto_ds.launching import launcher_arguments, run_module
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
-from kto_ds.runtime.collectives import free_port
 
 SEED = 0
 CONFIG_FILE = "demo.yaml"
@@ -125,26 +122,21 @@ def _write_config(output_dir: Path) -> Path:
 
 
 def _run_single(command: str, config: Path) -> None:
-    arguments = [command, "--config", str(config)]
-    _run(["kto-ds", *arguments], ["kto_ds", *arguments])
+    _run("kto-ds", "kto_ds", [command, "--config", str(config)])
 
 
 def _run_ranks(command: str, config: Path, num_ranks: int) -> None:
     if torch.cuda.is_available():
         num_ranks = min(num_ranks, torch.cuda.device_count())
-    arguments = ["--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "kto_ds", command, "--config", str(config)]
-    _run(["deepspeed", *arguments], ["deepspeed.launcher.runner", *arguments])
+    _run("deepspeed", "deepspeed.launcher.runner", launcher_arguments(command, config, num_ranks=num_ranks))
 
 
-def _run(typed: list[str], module: list[str]) -> None:
-    """Print what a user would type and run the module behind it, which surely is the one of this environment."""
-    print(f"\n$ {shlex.join(typed)}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    exit_code = subprocess.run([sys.executable, "-m", *module], env=environment, check=False).returncode
-    if exit_code:
-        raise CommandFailed(shlex.join(typed), exit_code if exit_code > 0 else 128 - exit_code)
+def _run(program: str, module: str, arguments: list[str]) -> None:
+    """Print what a user would type and run the module behind it."""
+    typed = shlex.join([program, *arguments])
+    print(f"\n$ {typed}", flush=True)
+    if exit_code := run_module(module, arguments):
+        raise CommandFailed(typed, exit_code)
 
 
 def _require_completed(output_dir: Path) -> None:

@@ -15,7 +15,7 @@ from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.data.sharding import Sharding
 from kto_ds.errors import UserError
 from kto_ds.model.flops import ModelShape, model_shape
-from kto_ds.model.hardware import FAST_LINK, GPUS_OF_A_NODE, MEMORY_GIB, SLOW_LINK, Gpu, expected_speed, find_gpu, tokens_to_hide_gathers
+from kto_ds.model.hardware import FAST_LINK, GPUS_OF_A_NODE, SLOW_LINK, Gpu, expected_speed, find_gpu, tokens_to_hide_gathers
 from kto_ds.model.memory import Load, Peak, peak_memory
 from kto_ds.model.policy import Policy
 from kto_ds.model.placement import GIB
@@ -54,12 +54,9 @@ class Work(NamedTuple):
 
 def main(config: RunConfig, *, gpu: str, num_gpus: int, plot: str | None, json: bool) -> None:
     """Print the plan of the run, as tables or as JSON. With `num_gpus`, which is 0 for several at once, a run that cannot fit is a UserError."""
-    kind = find_gpu(gpu)
-    if kind is None:
-        raise UserError(f"unknown kind of GPU: {gpu!r}", where="--gpu", remedy=f"use one of {', '.join(MEMORY_GIB)}")
     if num_gpus < 0:
         raise UserError(f"{num_gpus} is no number of GPUs", where="--num_gpus", remedy="give 1 or more, or leave it out")
-    plan = make_plan(config, kind, (num_gpus,) if num_gpus else NUM_GPUS)
+    plan = make_plan(config, gpu, (num_gpus,) if num_gpus else NUM_GPUS)
     if plot:
         plot_plan(plan, Path(plot))
     if json:
@@ -70,8 +67,9 @@ def main(config: RunConfig, *, gpu: str, num_gpus: int, plot: str | None, json: 
         _refuse(config, plan)
 
 
-def make_plan(config: RunConfig, gpu: Gpu, counts: tuple[int, ...]) -> dict:
-    """Return the plan as JSON values, one entry of `gpus` for each of `counts`."""
+def make_plan(config: RunConfig, kind: str, counts: tuple[int, ...]) -> dict:
+    """Return the plan for a kind of GPU as JSON values, one entry of `gpus` for each of `counts`."""
+    gpu = find_gpu(kind)
     model_config = find_model_config(config.model)
     lm = skeleton(config.model, model_config)
     sizes = model_sizes(lm)

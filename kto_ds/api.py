@@ -1,0 +1,88 @@
+"""kto_ds from Python: what the commands do, as functions of a config, for a notebook or a program of your own.
+
+The process that calls these is one rank; `launch` starts a command on several. What a command would end with an error for is raised: KtoError, and of
+your own mistakes UserError, with `what`, `where` and `remedy`.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kto_ds import cli
+from kto_ds.config import RunConfig
+from kto_ds.config_text import explain, write_yaml
+from kto_ds.errors import KtoError, UserError
+from kto_ds.launching import launcher_arguments, run_module
+from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
+
+
+def make_config(**sections: object) -> RunConfig:
+    """Return a config of sections and their keys, such as `output_dir="runs/mine", model={"path": ...}`; docs/config.md lists all. UserError names the wrong key."""
+    try:
+        return RunConfig.model_validate(sections)
+    except ValidationError as error:
+        raise explain(error, where="config") from error
+
+
+def read_config(path: str | Path, changes: Mapping[str, object] | None = None) -> RunConfig:
+    """Return the config in a YAML file with some keys changed, such as `{"loss.beta": 0.3}`: what `--config path --loss.beta 0.3` gives."""
+    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (changes or {}).items()]
+    return cli.read_config("train", ["--config", str(path), *options])[0]
+
+
+def plan(config: RunConfig, *, gpu: str = "H100", num_gpus: int = 8) -> dict:
+    """Return what the run takes of `num_gpus` GPUs of a kind: what `kto-ds plan --json` prints."""
+    cli.load_stage("plan")
+    from kto_ds.stages.plan import make_plan  # once it is known what torch runs on
+
+    return make_plan(config, gpu, (num_gpus,))
+
+
+def prepare(config: RunConfig) -> Path:
+    """Make the dataset artefact and return its folder."""
+    cli.load_stage("prepare")(config)
+    return config.dataset_dir
+
+
+def precompute_ref(config: RunConfig) -> Path:
+    """Score all pairs with the reference model, as far as they are not scored yet, and return the folder of the reference artefact."""
+    cli.load_stage("precompute-ref")(config)
+    return config.reference_dir
+
+
+def train(config: RunConfig, *, accept_changes: bool = False, max_wall_time: str | None = None) -> list[Record]:
+    """Train to the end, from the newest checkpoint if there is one, and return the records of metrics.jsonl. The options are those of `kto-ds train`."""
+    cli.load_stage("train")(config, accept_changes=accept_changes, max_wall_time=max_wall_time)
+    return metrics(config)
+
+
+def evaluate(config: RunConfig) -> dict[str, dict[str, float]]:
+    """Score the evaluation splits with the export, or with eval.path, and return the metrics of each."""
+    cli.load_stage("evaluate")(config)
+    return json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))["splits"]
+
+
+def export(config: RunConfig, *, checkpoint: str = "latest", merge: bool = False) -> Path:
+    """Write a checkpoint as a Hugging Face folder and return that. The options are those of `kto-ds export`."""
+    cli.load_stage("export")(config, checkpoint=checkpoint, merge=merge)
+    return config.merged_dir if merge else config.export_dir
+
+
+def metrics(config: RunConfig) -> list[Record]:
+    """Return the records of metrics.jsonl so far, one of each logged step and evaluation, as for pandas.DataFrame."""
+    return read_records(config.output_dir / METRICS_FILE)
+
+
+def launch(command: str, config: RunConfig, *, num_ranks: int) -> None:
+    """Run precompute-ref, train or evaluate on `num_ranks` ranks of this machine, and wait. What they print goes to the process's own output; KtoError when they fail."""
+    if command in cli.SINGLE_PROCESS or command not in cli.COMMANDS:
+        raise UserError(f"{command} does not run on several ranks", where="command", remedy="launch precompute-ref, train, evaluate or doctor")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        write_yaml(config, file)
+        file.flush()
+        exit_code = run_module("deepspeed.launcher.runner", launcher_arguments(command, Path(file.name), num_ranks=num_ranks))
+    if exit_code:
+        raise KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")
