@@ -44,7 +44,7 @@ def _metric_lines(records: list[Record]) -> list[str]:
 
 
 def _metrics(record: Record) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in record.items() if name not in ("split", "step")]
+    return [(name, value) for name, value in record.items() if name not in ("split", "step") and not isinstance(value, list)]
 
 
 def _shown(value: float) -> str:
