@@ -191,6 +191,13 @@ def _run(command: str, options: list[str]) -> None:
         arguments = parser.parse_args(options)
         _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
         return
+    if command == "report" and not {option.partition("=")[0] for option in options} & {"--config", "--help", "-h"}:
+        parser = _Parser(prog="kto-ds report", description=COMMANDS["report"])
+        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.jsonl")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the first folder")
+        arguments = parser.parse_args(options)
+        _stage("run_page")(arguments.runs, arguments.out)
+        return
     config, given = read_config(command, options)
     if given.print_config:
         write_yaml(config, sys.stdout)
