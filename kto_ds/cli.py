@@ -191,7 +191,7 @@ def _run(command: str, options: list[str]) -> None:
         arguments = parser.parse_args(options)
         _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
         return
-    if command == "report" and not {option.partition("=")[0] for option in options} & {"--config", "--help", "-h"}:
+    if command == "report" and "--config" not in {option.partition("=")[0] for option in options} and not all(option.startswith("-") for option in options):
         parser = _Parser(prog="kto-ds report", description=COMMANDS["report"])
         parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.jsonl")
         parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the first folder")

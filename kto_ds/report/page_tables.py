@@ -121,7 +121,7 @@ def data_reports(runs: list[RunFiles]) -> str:
         keys = dict.fromkeys(key for found in counts.values() for key in found)
         rows = [[key.replace(".", ": ").replace("_", " "), *(_cell(found.get(key)) for found in counts.values())] for key in keys]
         sources = [(split, source) for split, found in report.items() if isinstance(found, dict) for source in found.get("sources") or [] if isinstance(source, dict)]
-        lines = "".join(f'<p class="quiet">{escaped(split)}: {escaped(source.get("path"))}, {_cell(source.get("examples"))} examples</p>' for split, source in sources[:MOST_SOURCES])
+        lines = "".join(f'<p class="quiet">{escaped(split)}: {escaped(source.get("path"))}, {escaped(_cell(source.get("examples")))} examples</p>' for split, source in sources[:MOST_SOURCES])
         more = f'<p class="quiet">and {len(sources) - MOST_SOURCES} more sources</p>' if len(sources) > MOST_SOURCES else ""
         title = f"<h3>{escaped(', '.join(names))}</h3>" if len(runs) > 1 else ""
         parts.append(f'<div class="card">{title}{table(["", *counts], rows)}{lines}{more}</div>')
