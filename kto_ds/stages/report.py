@@ -7,11 +7,12 @@ from pathlib import Path
 from kto_ds.artifacts import MANIFEST
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError
+from kto_ds.report.distribution_plots import plot_distributions
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.wandb_process import WandbProcess, wandb_order
 from kto_ds.stages.numerics import NUMERICS_FILE
-from kto_ds.stages.run_page import PAGE_FILE, read_object, write_page
+from kto_ds.stages.run_page import PAGE_FILE, read_object, read_runs, write_page
 
 UPLOAD_SECONDS = 600
 
@@ -24,8 +25,10 @@ def main(config: RunConfig, wandb_sync: bool = False) -> None:
     print("\n".join([f"run {run}", *_status_lines(run), *_metric_lines(records), *_checkpoint_lines(run), *_rank_lines(run, now=time.time())]))
     if records:
         plot_metrics(run / METRICS_FILE, run / "metrics.png")
-        write_page([run], run / PAGE_FILE)
-        print(f"drawn anew: {run / 'metrics.png'}, {run / PAGE_FILE}", flush=True)
+        read = read_runs([run])
+        drawn = [run / "metrics.png", *([run / "distributions.png"] if plot_distributions(read[0], run / "distributions.png") else []), run / PAGE_FILE]
+        write_page(read, run / PAGE_FILE)
+        print(f"drawn anew: {', '.join(map(str, drawn))}", flush=True)
     if wandb_sync:
         _upload(config, records)
 

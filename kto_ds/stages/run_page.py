@@ -11,8 +11,10 @@ from kto_ds.config_text import read_yaml
 from kto_ds.data.dataset import REPORT
 from kto_ds.errors import Unreadable, UserError, reading, unwritable
 from kto_ds.redaction import redact, redact_values
+from kto_ds.report.distribution_plots import plot_distributions
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.report.page import page
+from kto_ds.report.plots import plot_metrics
 from kto_ds.report.run_files import RunFiles, by_split, distinct_names, flat
 
 PAGE_FILE = "report.html"
@@ -20,30 +22,49 @@ SAMPLES_FILE = "samples.jsonl"
 NAME_A_RUN = "name the output_dir of a run, or a metrics.jsonl"
 
 
-def main(runs: list[Path], out: Path | None) -> None:
-    """Write the page of runs that are named by their folders or their metrics files, to `out` or into the first folder."""
-    for path in runs:
+def main(paths: list[Path], out: Path | None, png: Path | None) -> None:
+    """Write the page of runs that are named by their folders or their metrics files, to `out` or into the first folder, and pictures of each into `png`."""
+    for path in paths:
         if not path.exists():
             raise UserError("there is no such folder or file", where=str(path), remedy=NAME_A_RUN)
         if path.is_dir() and not (path / METRICS_FILE).is_file():
             raise UserError(f"there is no {METRICS_FILE} in it", where=str(path), remedy=NAME_A_RUN)
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"expected a name that ends in .html, found {out.name!r}", where="--out", remedy=f"give a file such as {out.with_suffix('.html')}")
-    target = out or _folder_of(runs[0]) / PAGE_FILE
+    runs = read_runs(paths)
+    target = out or _folder_of(paths[0]) / PAGE_FILE
     write_page(runs, target)
     print(f"report: {target}", flush=True)
+    if png is not None:
+        _draw(paths, runs, png)
 
 
-def write_page(paths: list[Path], target: Path) -> None:
-    """Write the page of these runs; UserError where a file holds no metrics at all, or the page cannot be written."""
-    names = distinct_names([_parts(path) for path in paths])
-    runs = [read_run(path, name) for path, name in zip(paths, names)]
-    if not any(run.records for run in runs):
-        raise UserError("there is no whole line of metrics", where=", ".join(map(str, paths)), remedy=f"{NAME_A_RUN}; a run that has just begun has its first line after its first step")
+def read_runs(paths: list[Path]) -> list[RunFiles]:
+    """Read runs, under names that tell them apart; UserError where one has no metrics at all."""
+    runs = [read_run(path, name) for path, name in zip(paths, distinct_names([_parts(path) for path in paths]))]
+    if empty := [str(path) for path, run in zip(paths, runs) if not run.records]:
+        raise UserError("there is no whole line of metrics", where=empty[0], remedy=f"{NAME_A_RUN}; a run that has just begun has its first line after its first step")
+    return runs
+
+
+def write_page(runs: list[RunFiles], target: Path) -> None:
     try:
         write_atomically(target, page(runs, made=_moment(time.time())))
     except OSError as error:
         raise unwritable(error, target.parent) from error
+
+
+def _draw(paths: list[Path], runs: list[RunFiles], folder: Path) -> None:
+    """Draw the pictures that a run has in its folder, of each run under its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, run in zip(paths, runs):
+            stem = run.name.replace("/", "-")
+            plot_metrics(path if path.is_file() else path / METRICS_FILE, folder / f"{stem}.png")
+            plot_distributions(run, folder / f"{stem}-distributions.png")
+    except OSError as error:
+        raise unwritable(error, folder) from error
+    print(f"pictures: {folder}", flush=True)
 
 
 def read_run(path: Path, name: str) -> RunFiles:

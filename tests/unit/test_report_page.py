@@ -367,6 +367,16 @@ def test_secrets_are_taken_out(tmp_path, monkeypatch):
 # command line
 
 
+def test_pictures_go_to_a_folder_of_their_own(tmp_path, capsys):
+    runs = [make_run(tmp_path / name / "kto", records_of(12)) for name in ("a", "b")]
+    old = write_metrics(tmp_path / "old" / "metrics.jsonl", [{"split": "train", "step": 1, "loss": 0.5}])
+    assert report(*runs, old, "--png", tmp_path / "pictures") == 0
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [picture.name for picture in pictures] == ["a-kto-distributions.png", "a-kto.png", "b-kto-distributions.png", "b-kto.png", "old.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert capsys.readouterr().out.splitlines() == [f"report: {runs[0] / 'report.html'}", f"pictures: {tmp_path / 'pictures'}"]
+
+
 @pytest.mark.parametrize("arguments, found", [
     (["nowhere"], "nowhere: there is no such folder or file\n  remedy: name the output_dir of a run, or a metrics.jsonl"),
     (["empty"], "empty: there is no metrics.jsonl in it"),
