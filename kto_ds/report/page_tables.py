@@ -11,7 +11,8 @@ from kto_ds.report.series import column, is_number
 
 PHASES = (("kl", "mismatched pairs"), ("policy", "matched pairs"), ("update", "optimizer"), ("host", "host"))
 MOST_SAMPLES = 24  # prompts that are shown of all runs
-MOST_CHARACTERS = 4000  # of a text
+MOST_EARLIER = 6  # of the earlier answers to a prompt
+MOST_CHARACTERS = 2000  # of a text
 MOST_SOURCES = 50
 
 
@@ -141,18 +142,19 @@ def _cell(value: object) -> str:
 
 def samples(runs: list[RunFiles]) -> str:
     """Return, for each sampled prompt, what the dataset has, the answer before training, and the newest answer of every run with those before it."""
-    found: dict[tuple[str, str], dict[int, list[dict]]] = {}
+    found: dict[tuple[str, str], dict[int, dict[int, dict]]] = {}  # by split and prompt, run, step: after a resume the later of two counts
     for place, run in enumerate(runs):
         for sample in run.samples:
-            found.setdefault((str(sample.get("split", "")), str(sample.get("prompt", sample.get("row", "")))), {}).setdefault(place, []).append(sample)
+            key = str(sample.get("split", "")), str(sample.get("prompt", sample.get("row", "")))
+            found.setdefault(key, {}).setdefault(place, {})[_step(sample)] = sample
     shown = list(found.items())[:MOST_SAMPLES]
     cards = [_sample_card(split, prompt, of_run, runs) for (split, prompt), of_run in shown]
     more = f'<p class="quiet">{len(found) - MOST_SAMPLES} more prompts are in samples.jsonl.</p>' if len(found) > MOST_SAMPLES else ""
     return "".join(cards) + more
 
 
-def _sample_card(split: str, prompt: str, of_run: dict[int, list[dict]], runs: list[RunFiles]) -> str:
-    sorted_of_run = {place: sorted(entries, key=_step) for place, entries in of_run.items()}
+def _sample_card(split: str, prompt: str, of_run: dict[int, dict[int, dict]], runs: list[RunFiles]) -> str:
+    sorted_of_run = {place: [entries[step] for step in sorted(entries)] for place, entries in of_run.items()}
     every = [entry for entries in sorted_of_run.values() for entry in entries]
     label = next((LABELS[0][1] if entry["label"] else LABELS[1][1] for entry in every if isinstance(entry.get("label"), bool)), None)
     row = next((entry["row"] for entry in every if "row" in entry), None)
@@ -163,10 +165,18 @@ def _sample_card(split: str, prompt: str, of_run: dict[int, list[dict]], runs: l
     for place, entries in sorted_of_run.items():
         newest = entries[-1]
         name = f"{runs[place].name}, " if len(runs) > 1 else ""
-        earlier = "".join(_text(_when(entry), entry.get("completion", "")) for entry in entries[:-1])
-        history = f"<details><summary>{len(entries) - 1} earlier</summary>{earlier}</details>" if earlier else ""
+        earlier = _spread(entries[:-1], MOST_EARLIER)
+        texts = "".join(_text(_when(entry), entry.get("completion", "")) for entry in earlier)
+        history = f"<details><summary>{len(earlier)} of {len(entries) - 1} earlier</summary>{texts}</details>" if earlier else ""
         parts.append(_text(f"{name}{_when(newest)}", newest.get("completion", ""), color=place % NUM_COLORS, after=history))
     return f'<div class="card"><h3>{escaped(split)}{f", row {escaped(row)}" if row is not None else ""}</h3><div class="sample">{"".join(parts)}</div></div>'
+
+
+def _spread(entries: list[dict], most: int) -> list[dict]:
+    """Return up to `most` entries, evenly over all, with the first and the last."""
+    if len(entries) <= most:
+        return entries
+    return [entries[round(place * (len(entries) - 1) / (most - 1))] for place in range(most)]
 
 
 def _befores(sorted_of_run: dict[int, list[dict]], runs: list[RunFiles]) -> list[tuple[str, str]]:

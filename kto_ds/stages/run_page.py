@@ -74,7 +74,7 @@ def read_run(path: Path, name: str) -> RunFiles:
         records, updated = read_records(metrics_file), metrics_file.stat().st_mtime
     known = metrics_file.name == METRICS_FILE  # else the files beside it may belong to another run
     config = _read_config(folder / "config.yaml") if known else {}
-    artifact = Path(str((config.get("data") or {}).get("artifact") or folder / "dataset"))
+    artifact = Path(str(flat(config).get("data.artifact") or folder / "dataset"))
     return RunFiles(
         name=redact(name),
         records={redact(split): found for split, found in by_split(records).items()},
@@ -104,7 +104,10 @@ def _read_config(path: Path) -> dict:
 
 
 def _read_samples(path: Path) -> list[dict]:
-    return [sample for sample in read_records(path) if isinstance(sample, dict)] if path.is_file() else []
+    try:
+        return [sample for sample in read_records(path) if isinstance(sample, dict)]
+    except OSError:  # mostly because nothing was sampled
+        return []
 
 
 def _defaults(config: dict) -> dict[str, object]:

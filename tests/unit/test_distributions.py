@@ -9,6 +9,7 @@ import pytest
 from kto_ds.report.distributions import LENGTH_BUCKETS, LOGRATIO_EDGES, distribution_metrics, length_correlation, logratio_counts, rewards_by_length
 from kto_ds.report.metrics import StepResult, reward_auc
 from kto_ds.report.metrics_file import MetricsFile, read_records
+from kto_ds.report.wandb_upload import named
 
 
 def a_step(num_examples: int, seed: int, *, longest: int = 20_000) -> StepResult:
@@ -106,3 +107,8 @@ def test_a_record_stays_small_and_comes_back_as_it_was(tmp_path):
     metrics.close()
     assert read_records(tmp_path / "metrics.jsonl") == [record]
     assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(record) + "\n"
+
+
+def test_wandb_gets_the_numbers_and_no_lists():
+    record = {"split": "train", "step": 1, **distribution_metrics([a_step(32, seed=5)])}
+    assert named(record).keys() == {"step", "train/rewards/auc", "train/length_correlation/chosen", "train/length_correlation/rejected"}

@@ -242,7 +242,7 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
     lines = ['{"split": "train", "step": 1, "loss": 0.5}', "[1, 2]", "nonsense", '{"split": "train", "step": 2, "loss": 0.4}', '{"split": "train", "step": 2, "loss": 0.3}',
              '{"split": "train", "step": 3, "loss": NaN}', '{"split": "train", "step": "4", "loss": 1.0}', '{"split": "train", "step": 5, "loss": 0.1']  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert report(tmp_path) == 0
+    assert report(tmp_path, "--png", tmp_path / "pictures") == 0
     [curve] = embedded((tmp_path / "report.html").read_text())["loss"]["curves"]
     assert (curve["x"], curve["y"]) == ([1, 2], [0.5, 0.3])
 
@@ -307,14 +307,26 @@ def test_data_report_and_samples_are_shown(tmp_path):
     later = {**SAMPLE, "step": 40, "completion": "4 it is", "reward": 0.75}
     bare = {"split": "eval", "step": 40, "row": 9, "prompt": "and 3+3?", "completion": "six"}
     counts = {"train": {"examples": 1234, "completion_tokens": {"mean": 17.5}, "sources": [{"path": "rows.jsonl", "examples": 1234}]}}
-    run = make_run(tmp_path / "run", records_of(2), samples=[later, SAMPLE, bare], data_report=counts)
+    run = make_run(tmp_path / "run", records_of(2), samples=[{**later, "completion": "from before a resume"}, later, SAMPLE, bare], data_report=counts)
     assert report(run) == 0
     parsed = Parsed((run / "report.html").read_text())
     assert ["examples", "1,234"] in parsed.rows and ["completion tokens: mean", "17.5"] in parsed.rows and "train: rows.jsonl, 1,234 examples" in parsed.text
     words = [word for word in parsed.words if word.strip()]
     start = words.index("2+2?")
-    assert words[start - 1 : start + 12] == ["prompt", "2+2?", "in the data, desirable", "4", "before training", "fish", "step 40, reward 0.75", "4 it is", "1 earlier", "step 20, reward 0.25", "four", "eval, row 9", "prompt"]
+    assert words[start - 1 : start + 12] == ["prompt", "2+2?", "in the data, desirable", "4", "before training", "fish", "step 40, reward 0.75", "4 it is", "1 of 1 earlier", "step 20, reward 0.25", "four", "eval, row 9", "prompt"]
     assert "six" in words
+
+
+def test_many_long_samples_stay_few_and_short(tmp_path):
+    many = [{**SAMPLE, "step": step, "prompt": f"question {row}", "completion": "x" * 9000} for row in range(60) for step in range(1, 101)]
+    run = make_run(tmp_path / "run", records_of(2), samples=many)
+    assert report(run) == 0
+    page_file = run / "report.html"
+    assert page_file.stat().st_size < 600_000
+    words = Parsed(page_file.read_text()).words
+    assert words.count("6 of 99 earlier") == 24 and "36 more prompts are in samples.jsonl." in words
+    steps = [int(word.split()[1].rstrip(",")) for word in words if word.startswith("step ")][:7]
+    assert steps[0] == 100 and (steps[1], steps[-1]) == (1, 99) and steps[1:] == sorted(steps[1:])
 
 
 # safety
