@@ -239,7 +239,7 @@ def test_whatever_was_logged_makes_a_page(records):
 
 def test_lines_that_are_no_records_are_passed_over(tmp_path):
     """A run that was killed, one that was resumed by hand, and values that are no numbers."""
-    lines = ['{"split": "train", "step": 1, "loss": 0.5}', "[1, 2]", "nonsense", '{"split": "train", "step": 2, "loss": 0.4}', '{"split": "train", "step": 2, "loss": 0.3}',
+    lines = ['{"split": "train", "step": 2, "loss": 0.4}', "[1, 2]", "nonsense", '{"split": "train", "step": 1, "loss": 0.5}', '{"split": "train", "step": 2, "loss": 0.3}',
              '{"split": "train", "step": 3, "loss": NaN}', '{"split": "train", "step": "4", "loss": 1.0}', '{"split": "train", "step": 5, "loss": 0.1']  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert report(tmp_path, "--png", tmp_path / "pictures") == 0
@@ -354,6 +354,7 @@ def test_no_text_of_a_file_becomes_part_of_the_page(tmp_path):
         assert [attributes.get("type") for tag, attributes in parsed.tags if tag == "script"] == ["application/json", None]
         assert not [tag for tag, attributes in parsed.tags if tag == "img" or any(name.startswith("on") for name in attributes)]
         assert parsed.text.count("document.title='owned'") > 8, "the texts are there, as text"
+        assert not re.search("[<>&]", re.search(r'id="page-data">(.*?)</script>', text)[1]), "nothing in the data can end it"
         assert any(curve["split"] == HOSTILE for curve in embedded(text)["loss"]["curves"])
 
 
