@@ -125,4 +125,5 @@ def length_chart(runs: list[RunFiles]) -> dict | None:
 
 def _bucket_name(bucket: int) -> str:
     low = LENGTH_BUCKETS[bucket]
-    return f"{low}+" if bucket + 1 == len(LENGTH_BUCKETS) else f"{low}–{LENGTH_BUCKETS[bucket + 1] - 1}"
+    high = LENGTH_BUCKETS[bucket + 1] - 1 if bucket + 1 < len(LENGTH_BUCKETS) else None
+    return f"{low}+" if high is None else f"{low}–{high}" if high > low else str(low)

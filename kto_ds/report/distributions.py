@@ -14,8 +14,8 @@ from kto_ds.report.metrics import StepResult, reward_auc
 _POSITIVE_EDGES = tuple(0.25 * 2 ** (half / 2) for half in range(21))
 LOGRATIO_EDGES = (*(-edge for edge in reversed(_POSITIVE_EDGES)), 0.0, *_POSITIVE_EDGES)
 # Least completion tokens of each bucket of lengths; the last one is open.
-LENGTH_BUCKETS = (1, *(2**power for power in range(4, 15)))
-DIGITS = 6  # of a mean reward: a step has one for every label and bucket
+LENGTH_BUCKETS = tuple(2**power for power in range(15))
+DIGITS = 5  # of a mean reward: a step has one for every label and bucket
 LABELS = ("chosen", "rejected")
 LEAST_FOR_CORRELATION = 3  # examples
 

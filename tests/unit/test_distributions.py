@@ -55,7 +55,7 @@ def test_all_is_as_loops_count_it(num_examples):
         bins = [naive_bin(value) for value in step.logratios[chosen].tolist()]
         assert metrics[f"logratios/{label}"] == [bins.count(number) for number in range(len(LOGRATIO_EDGES) + 1)]
         for found, expected in zip(metrics[f"rewards_by_length/{label}"], naive_buckets(step.rewards[chosen], step.lengths[chosen]), strict=True):
-            assert found[:2] == expected[:2] and found[2] == pytest.approx(expected[2], rel=1e-5)
+            assert found[:2] == expected[:2] and found[2] == pytest.approx(expected[2], rel=1e-4)
         if chosen.sum() > 2:
             expected = naive_correlation(step.rewards[chosen].tolist(), step.lengths[chosen].tolist())
             assert metrics[f"length_correlation/{label}"] == pytest.approx(expected, abs=1e-6)
@@ -84,7 +84,7 @@ def test_the_order_of_examples_and_their_split_over_results_change_nothing():
     whole, split = distribution_metrics([step]), distribution_metrics(parts)
     assert whole.keys() == split.keys()
     for name, value in whole.items():
-        assert np.array(split[name]) == pytest.approx(np.array(value), rel=1e-5), name
+        assert np.array(split[name]) == pytest.approx(np.array(value), rel=1e-4), name
 
 
 @pytest.mark.parametrize("rewards, lengths", [([1.0, 2.0], [3, 4]), ([1.0, 1.0, 1.0], [3, 4, 5]), ([1.0, 2.0, 3.0], [4, 4, 4])])
@@ -95,7 +95,7 @@ def test_where_there_is_no_correlation_there_is_none(rewards, lengths):
 def test_a_length_that_decides_all_rewards_shows():
     lengths = np.array([5, 40, 100, 700])
     assert length_correlation(-0.01 * lengths, lengths) == pytest.approx(-1)
-    assert rewards_by_length(-0.01 * lengths, lengths) == [[1, 1, -0.05], [32, 1, -0.4], [64, 1, -1.0], [512, 1, -7.0]]
+    assert rewards_by_length(-0.01 * lengths, lengths) == [[4, 1, -0.05], [32, 1, -0.4], [64, 1, -1.0], [512, 1, -7.0]]
 
 
 def test_a_record_stays_small_and_comes_back_as_it_was(tmp_path):

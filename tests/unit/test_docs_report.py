@@ -41,7 +41,7 @@ def test_every_chart_and_metric_is_explained():
 def test_the_bins_are_those_of_the_code():
     positive = [0.25 * 2 ** (k / 2) for k in range(21)]
     assert list(LOGRATIO_EDGES) == [*(-edge for edge in positive[::-1]), 0, *positive] and positive[-1] == 256
-    assert "44 counts" in PAGE and len(LOGRATIO_EDGES) + 1 == 44 and "1, 16, 32, 64 ... 16384 tokens" in PAGE and (LENGTH_BUCKETS[:4], LENGTH_BUCKETS[-1]) == ((1, 16, 32, 64), 16384)
+    assert "44 counts" in PAGE and len(LOGRATIO_EDGES) + 1 == 44 and "1, 2 to 3, 4 to 7, 8 to 15 ... 16384 tokens" in PAGE and (LENGTH_BUCKETS[:5], LENGTH_BUCKETS[-1]) == ((1, 2, 4, 8, 16), 16384)
 
 
 def test_the_pictures_are_small_and_there():
