@@ -52,14 +52,18 @@
 
   // curves
 
+  // A moving average from the left and one from the right, so that the curve does not lag behind; without a pull to 0 at its ends.
   const smooth = (values) => {
-    // A moving average without a pull to 0 at its start.
-    let sum = 0, weight = 0;
-    return values.map((value) => {
-      sum = smoothing * sum + value;
-      weight = smoothing * weight + 1;
-      return sum / weight;
-    });
+    const average = (numbers) => {
+      let sum = 0, weight = 0;
+      return numbers.map((number) => {
+        sum = smoothing * sum + number;
+        weight = smoothing * weight + 1;
+        return sum / weight;
+      });
+    };
+    const backwards = average([...values].reverse()).reverse();
+    return average(values).map((value, place) => (value + backwards[place]) / 2);
   };
 
   const range = (values, padding) => {
@@ -93,10 +97,9 @@
     xTicks(svg, chart, {x0, x1, toX, bottom, room: right - left});
     if (guide) {
       element("line", {class: "guide", x1: left, x2: right, y1: toY(guide.value), y2: toY(guide.value)}, svg);
-      element("text", {x: right, y: toY(guide.value) - 4 < top + 8 ? toY(guide.value) + 13 : toY(guide.value) - 4, "text-anchor": "end", class: "over"}, svg, guide.words);
     }
     for (const curve of curves) drawCurve(svg, curve, toX, toY, chart.is_noisy);
-    if (guide) svg.append(svg.querySelector(".over"));
+    if (guide) nameGuide(svg, guide.words, toY(guide.value), {left, right, top}, curves.flatMap((curve) => curve.x.map((x, place) => [toX(x), toY(curve.y[place])])));
     fillKey(key, curves);
     const cursor = element("line", {class: "cursor", y1: top, y2: bottom, visibility: "hidden"}, svg);
     const all = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
@@ -113,6 +116,15 @@
       });
       return [where, ...values.filter((value) => value !== null)].join("  ·  ");
     });
+  };
+
+  // Write what a level means beside it, at that end and on that side where it hides the least of the curves.
+  const nameGuide = (svg, words, y, {left, right, top}, points) => {
+    const width = 6.5 * words.length;
+    const places = [[right, "end", y - 4], [right, "end", y + 13], [left + 4, "start", y - 4], [left + 4, "start", y + 13]].filter(([, , base]) => base > top + 8);
+    const hides = ([x, anchor, base]) => points.filter(([at, height]) => (anchor === "end" ? at > x - width - 4 : at < x + width + 4) && height > base - 14 && height < base + 5).length;
+    const [x, anchor, base] = places.reduce((best, place) => hides(place) < hides(best) ? place : best);
+    element("text", {x, y: base, "text-anchor": anchor, class: "over"}, svg, words);
   };
 
   const xTicks = (svg, chart, {x0, x1, toX, bottom, room}) => {
