@@ -21,7 +21,8 @@ from kto_ds.errors import Unreadable
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 6.0  # without a new file: stopped, dead on another machine, or with a thread that holds the interpreter
-CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl")  # of a collective that lost a peer
+# Of a collective that lost a peer, or of the store that rank 0 keeps, through which ranks make their groups.
+CONNECTION_WORDS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo", "nccl", "connection was likely closed", "client socket has")
 ENDED = ("done", "preempted", "failed")
 
 
@@ -174,7 +175,7 @@ def launchers() -> tuple[int, ...]:
 
 
 def is_of_a_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed; libraries put other errors around it."""
+    """Whether a collective, or the making of a group, failed; libraries put other errors around it."""
     is_one = isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in CONNECTION_WORDS)
     inner = error.__cause__ or error.__context__
     return is_one or inner is not None and is_of_a_lost_peer(inner)

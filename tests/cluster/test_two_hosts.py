@@ -1,6 +1,7 @@
 """The launch scripts over two hosts: what is trained there, how it is stopped, and what becomes of it when the cable is cut."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.namespaces import ADDRESSES, TwoHosts
+from tests.cluster.namespaces import ADDRESSES, SSH_PORT, TwoHosts
 from tests.distributed.runs import ROOT
 from tests.distributed.tiny_run import status_of
 from tests.faults.state import final_state, newest_intact, steps_begun
@@ -95,6 +96,34 @@ def test_a_host_that_is_cut_off_ends_the_run_on_both_sides_and_it_goes_on(hosts,
     assert "resuming at step" in log.read_text()
     assert final_state(run) == in_peace
     assert hosts.pkills() == []
+
+
+def test_the_page_from_config_to_export(hosts, tiny, tmp_path):
+    """The commands of docs/cluster.md in their order, on two hosts, but for its first block, which makes the environment; a tiny model stands for the large one."""
+    section = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("\n## ")[1]
+    [config] = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    _, *blocks = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    program = "".join(blocks)
+    for command in ("plan", "prepare", "inspect", "doctor", "precompute-ref", "multi_node.sh /shared/hosts", "export --config", "evaluate"):
+        assert command in program, command
+    places = {
+        "/shared/models/Qwen3-32B": tiny / "model", "/shared/data/feedback.jsonl": tiny / "rows.jsonl", "/shared/": f"{tmp_path}/", "node1": ADDRESSES[0], "node2": ADDRESSES[1],
+        "slots=8": "slots=1", "deepspeed --hostfile": f"deepspeed --ssh_port {SSH_PORT} --hostfile", "--num_accelerators 8": "--num_accelerators 1",
+        "global_batch_size: 128": "global_batch_size: 8", "held_out_fraction: 0.02": "held_out_fraction: 0.2", "max_length: 4096": "max_length: 64",
+    }  # fmt: skip
+    for shown, here in places.items():
+        assert shown in program + config, shown
+        program, config = program.replace(shown, str(here)), config.replace(shown, str(here))
+    (tmp_path / "run.yaml").write_text(config)
+    (tmp_path / "ds_env").write_text("".join(f"{name}={value}\n" for name, value in {"GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}.items()))
+    log = tmp_path / "log"
+    assert ended([hosts.start(0, ["bash", "-euo", "pipefail", "-c", program], log)], log) == [0], log.read_text(errors="replace")[-6000:]
+    run = tmp_path / "runs" / "qwen3-32b-kto"
+    assert status_of(run)["state"] == "completed" and (run / "export" / "model.safetensors").is_file()
+    assert json.loads((run / "evaluation.json").read_text())["splits"]["eval/held_out"]["count/chosen"] >= 0
+    text = log.read_text(errors="replace")
+    assert text.count("right on all ranks") == 2 * 3, "an all-reduce and an all-gather of doctor by itself, and before each of the two launches"
+    assert "2 ranks, ZeRO 3" in text and hosts.pkills() == []
 
 
 def test_arguments_and_folders_with_any_character_reach_both_hosts(hosts, medium, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from tests.distributed.runs import ROOT
 from tests.faults.ledger import record, tally
 from tests.faults.table import BEGIN, END, ROWS, main, put_in, rows_of
+from tests.faults.test_mutations import MUTANTS
 
 
 def test_entries_become_rows(tmp_path, monkeypatch):
@@ -58,3 +59,11 @@ def test_the_page_has_a_place_for_the_table_and_all_its_rows():
     assert put_in(page, []) != page
     between = page[page.index(BEGIN) : page.index(END)]
     assert [row.fault_id for row in ROWS] == [line.split("|")[1].strip() for line in between.splitlines() if line.startswith("| R")]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_safeguard_is_where_its_mutant_looks_for_it(name):
+    mutant = MUTANTS[name]
+    found = (ROOT / "kto_ds" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+    assert found == 1 and mutant.new != mutant.old, f"{mutant.file} has changed: {mutant.old!r} stands there {found} times"
+    assert (ROOT / mutant.test.split("::")[0]).is_file()

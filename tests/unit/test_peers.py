@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from kto_ds.runtime import peers
 from kto_ds.runtime.peers import Beat, End
+from tests.distributed.runs import free_port
 
 
 def test_a_process_is_gone_when_it_has_ended_or_is_another_one():
@@ -63,3 +66,26 @@ def test_silence_is_measured_by_the_clock_of_the_files(tmp_path):
         os.utime(path, (1000 - age, 1000 - age))
     assert peers.silent_seconds(tmp_path, peer, 0) == 25
     assert peers.silent_seconds(tmp_path, peer._replace(rank=2), 0) == 0, "one that has not written yet"
+
+
+STORE = "import sys, time; from torch.distributed import TCPStore; store = TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False); print(); time.sleep(60)"
+
+
+def test_a_store_that_died_with_its_rank_is_a_lost_peer(capfd):
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", STORE, port], stdout=subprocess.PIPE) as keeper:
+        keeper.stdout.readline()
+        store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=30))
+        store.set("here", "yes")
+        keeper.kill()
+    with pytest.raises(RuntimeError) as lost:
+        store.get("nothing")
+    with pytest.raises(RuntimeError) as unreachable:
+        TCPStore("127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=1))
+    for error in (lost.value, unreachable.value):
+        assert peers.is_of_a_lost_peer(error), error
+        try:
+            raise ValueError("of a library") from error
+        except ValueError as outer:
+            assert peers.is_of_a_lost_peer(outer)
+    assert not peers.is_of_a_lost_peer(RuntimeError("shapes do not fit")) and not peers.is_of_a_lost_peer(ValueError("a gloo of words"))
