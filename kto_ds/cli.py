@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": "score the evaluation rows with an exported model",
     "export": "checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
-    "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
+    "report": "how a run stands, as text, pictures and a page; kto-ds report RUN [RUN ...] needs no config, and compares runs",
     "demo": "the whole pipeline on a small task that a program can check",
 }
 SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "demo")
@@ -190,6 +190,14 @@ def _run(command: str, options: list[str]) -> None:
         parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
         arguments = parser.parse_args(options)
         load_stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
+        return
+    if command == "report" and "--config" not in {option.partition("=")[0] for option in options} and not all(option.startswith("-") for option in options):
+        parser = _Parser(prog="kto-ds report", description=COMMANDS["report"])
+        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.jsonl")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the first folder")
+        parser.add_argument("--png", type=Path, metavar="FOLDER", help="also draw pictures of every run, into this folder")
+        arguments = parser.parse_args(options)
+        _stage("run_page")(arguments.runs, arguments.out, arguments.png)
         return
     config, given = read_config(command, options)
     if given.print_config:

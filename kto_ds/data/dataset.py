@@ -73,4 +73,5 @@ class TokenizedSplit:
 
 
 FILES = "files.json"
+REPORT = "data_report.json"  # of all splits, beside their folders
 ARRAYS = tuple(name for name in TokenizedSplit.__annotations__ if name != "files")

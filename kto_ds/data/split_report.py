@@ -6,7 +6,6 @@ from kto_ds.data.assemble import Rows, SplitIndex
 from kto_ds.data.balance import recommended_weights
 from kto_ds.data.keys import distinct
 
-REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
 
 

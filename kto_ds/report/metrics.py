@@ -23,6 +23,8 @@ class StepResult(NamedTuple):
     rewards: np.ndarray  # [E] beta * (policy - reference)
     logps: np.ndarray  # [E] policy log-probs
     desirable: np.ndarray  # [E] bool
+    logratios: np.ndarray  # [E] policy - reference
+    lengths: np.ndarray  # [E] completion tokens
     kl: float  # z, the reference point the loss used
     kl_raw: float  # before the clamp at 0
     kl_stderr: float  # NaN where it cannot be told

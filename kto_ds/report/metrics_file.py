@@ -1,4 +1,7 @@
-"""metrics.jsonl, the record of a run: one flat JSON object a line, with "split" ("train", or the name of an evaluation split), "step" and metrics."""
+"""metrics.jsonl, the record of a run: one JSON object a line, with "split" ("train", or the name of an evaluation split), "step" and metrics.
+
+A metric is a number, or a list of numbers: see distributions.py.
+"""
 
 import json
 import math
@@ -8,7 +11,7 @@ from kto_ds.artifacts import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
-Record = dict[str, float | int | str]
+Record = dict[str, float | int | str | list]
 
 
 class MetricsFile:
@@ -20,7 +23,7 @@ class MetricsFile:
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
-            assert isinstance(value, str) or math.isfinite(value), f"{name} is {value} at step {record['step']}"
+            assert isinstance(value, (str, list)) or math.isfinite(value), f"{name} is {value} at step {record['step']}"
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from kto_ds.report.metrics_file import read_records
+from kto_ds.report.run_files import by_split
 
 BLUE, RED, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#718096"
 # Colour and marker of each evaluation split, so that it can be told without colour too.
@@ -37,12 +38,8 @@ def points(records: list[dict], *metrics: str) -> list[tuple]:
 
 def plot_metrics(metrics_file: Path, out_png: Path) -> None:
     """Draw what `metrics_file` holds; a metric that was not logged is left out."""
-    records = read_records(metrics_file)
-    train = [record for record in records if record["split"] == "train"]
-    evals: Splits = {}
-    for record in records:
-        if record["split"] != "train":
-            evals.setdefault(record["split"], []).append(record)
+    evals: Splits = by_split(read_records(metrics_file))
+    train = evals.pop("train", [])
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7), layout="constrained")  # not pyplot: nothing global, no window
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)

@@ -111,8 +111,9 @@ def _follow(run: wandb.Run, metrics_file: Path, ended: threading.Event) -> int:
 
 
 def named(record: Record) -> dict[str, float | int | str]:
-    """Return a record under the names that wandb shows: <split>/<metric>, and step, the axis of all."""
-    return {"step": record["step"], **{f"{record['split']}/{name}": value for name, value in record.items() if name not in ("split", "step")}}
+    """Return the numbers of a record under the names that wandb shows: <split>/<metric>, and step, the axis of all."""
+    numbers = {name: value for name, value in record.items() if name not in ("split", "step") and not isinstance(value, list)}
+    return {"step": record["step"], **{f"{record['split']}/{name}": value for name, value in numbers.items()}}
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from kto_ds.artifacts import require_match
 from kto_ds.config import LossConfig, OptimConfig, RunConfig
-from kto_ds.data.split_report import REPORT
+from kto_ds.data.dataset import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.lora import merge_adapters, require_peft, write_adapter
 from kto_ds.model.save import MAX_SHARD_SIZE, FileLayout, plan_files, write_model

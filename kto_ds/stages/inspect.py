@@ -19,14 +19,13 @@ from kto_ds.artifacts import incomplete_path, read_manifest, require_intact, sta
 from kto_ds.config import RunConfig
 from kto_ds.config_data import DataConfig
 from kto_ds.data.batch_plan import plan_batches
-from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.data.dataset import REPORT, TokenizedSplit
 from kto_ds.data.keys import find
 from kto_ds.data.kl_sample import sample_groups
 from kto_ds.data.packing import Layout, MicroBatch, require_fit
 from kto_ds.data.reference import KEPT, ReferenceRows, committed_shards, join_rows, no_rows, plan_of, read_shard, read_shards
 from kto_ds.data.reference_work import needed_pairs
 from kto_ds.data.sharding import Sharding
-from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import choose_layout, read_model_config
 from kto_ds.report.histograms import LengthLimits, Lengths, plot_lengths

@@ -16,6 +16,7 @@ from kto_ds.config import TrainConfig
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.errors import NumericsError
 from kto_ds.redaction import redact
+from kto_ds.report.distributions import distribution_metrics
 from kto_ds.report.metrics import StepResult, kto_metrics
 from kto_ds.stages.progress import Progress
 
@@ -94,10 +95,12 @@ def _names(split: TokenizedSplit, examples: Sequence[int] | np.ndarray) -> list[
     return [split.row_name(int(example)) for example in examples]
 
 
-def window_metrics(window: Sequence[StepOutcome]) -> dict[str, float]:
-    """Return the means over the steps of a log window whose update was applied, and how many were left out, if any."""
+def window_metrics(window: Sequence[StepOutcome]) -> dict[str, float | list]:
+    """Return the means and distributions over the steps of a log window whose update was applied, and how many were left out, if any."""
     applied = [outcome for outcome in window if outcome.problem is None]
-    metrics = {**kto_metrics([outcome.result for outcome in applied]), "grad_norm": applied[-1].grad_norm} if applied else {}
+    metrics: dict[str, float | list] = {}
+    if results := [outcome.result for outcome in applied]:
+        metrics = {**kto_metrics(results), "grad_norm": applied[-1].grad_norm, **distribution_metrics(results)}
     if len(applied) < len(window):
         metrics["skipped_steps"] = len(window) - len(applied)
     return metrics

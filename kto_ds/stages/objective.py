@@ -95,7 +95,7 @@ def train_step(
     timer.begin("host")
     if problem is None and not math.isfinite(grad_norm):
         problem = Problem("gradient", f"the gradient is not finite, though every log-prob is; rows: {_first_rows(examples, split)} and others of the step")
-    result = None if problem else _result(logps, references, desirable, point, loss)._replace(router=load and balance_of(load))
+    result = None if problem else _result(logps, references, desirable, split.matched_lengths[examples], point, loss)._replace(router=load and balance_of(load))
     return StepOutcome(step_loss, grad_norm, result, problem, is_stopping=bool(num_stopping))
 
 
@@ -144,7 +144,7 @@ def evaluate_split(
     logps = logps_of(forward, batches_of(examples), examples, sharding.device)
     require_finite(logps, examples, split, "evaluation")
     desirable = np.array(split.desirable)
-    result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), point, loss)
+    result = _result(logps, matched_references, torch.from_numpy(desirable).to(sharding.device), split.matched_lengths, point, loss)
     metrics = kto_metrics([result])
     if desirable.any() and not desirable.all():
         metrics["rewards/auc"] = reward_auc(result.rewards, desirable)
@@ -163,7 +163,7 @@ def evaluation_metrics(split: TokenizedSplit, loss: LossConfig) -> list[str]:
     desirable = np.array(split.desirable)
     nothing = np.zeros(len(desirable))
     kl_stderr = float("nan") if loss.loss_type == "kto" and len(desirable) == 1 else 0.0  # as reference_point says it
-    names = list(kto_metrics([StepResult(nothing, nothing, nothing, desirable, kl=0.0, kl_raw=0.0, kl_stderr=kl_stderr)]))
+    names = list(kto_metrics([StepResult(nothing, nothing, nothing, desirable, nothing, nothing, kl=0.0, kl_raw=0.0, kl_stderr=kl_stderr)]))
     return [*names, "rewards/auc"] if desirable.any() and not desirable.all() else names
 
 
@@ -246,9 +246,10 @@ def _constants(loss: LossConfig) -> dict[str, float]:
     return {"beta": loss.beta, "desirable_weight": loss.desirable_weight, "undesirable_weight": loss.undesirable_weight}
 
 
-def _result(logps: Tensor, references: Tensor, desirable: Tensor, point: ReferencePoint, loss: LossConfig) -> StepResult:
+def _result(logps: Tensor, references: Tensor, desirable: Tensor, lengths: np.ndarray, point: ReferencePoint, loss: LossConfig) -> StepResult:
     """Return losses and rewards of E examples from their log-probs [E], on the host."""
-    terms = kto_terms(logratios=logps - references, desirable=desirable, kl=point.kl.to(logps.device), **_constants(loss))
-    losses, rewards, values = torch.stack([terms.losses, terms.rewards, logps]).cpu().numpy()
+    logratios = logps - references
+    terms = kto_terms(logratios=logratios, desirable=desirable, kl=point.kl.to(logps.device), **_constants(loss))
+    losses, rewards, values, ratios = torch.stack([terms.losses, terms.rewards, logps, logratios]).cpu().numpy()
     kl, kl_raw, kl_stderr = torch.stack(point).tolist()
-    return StepResult(losses, rewards, values, desirable.cpu().numpy(), kl=kl, kl_raw=kl_raw, kl_stderr=kl_stderr)
+    return StepResult(losses, rewards, values, desirable.cpu().numpy(), ratios, np.asarray(lengths), kl=kl, kl_raw=kl_raw, kl_stderr=kl_stderr)

@@ -17,7 +17,8 @@ from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_spl
 from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, Summary, check_rows, refuse_bad_rows, rejected_rows, summarize, tokenize_rows
 from kto_ds.data.segments import Limits
-from kto_ds.data.split_report import REPORT, source_reports, split_report
+from kto_ds.data.dataset import REPORT
+from kto_ds.data.split_report import source_reports, split_report
 from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt

@@ -4,13 +4,15 @@ import os
 import time
 from pathlib import Path
 
-from kto_ds.artifacts import MANIFEST, read_json
+from kto_ds.artifacts import MANIFEST
 from kto_ds.config import RunConfig
-from kto_ds.errors import Unreadable, UserError
+from kto_ds.errors import UserError
+from kto_ds.report.distribution_plots import plot_distributions
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.wandb_process import WandbProcess, wandb_order
 from kto_ds.stages.numerics import NUMERICS_FILE
+from kto_ds.stages.run_page import PAGE_FILE, read_object, read_runs, write_page
 
 UPLOAD_SECONDS = 600
 
@@ -23,13 +25,16 @@ def main(config: RunConfig, wandb_sync: bool = False) -> None:
     print("\n".join([f"run {run}", *_status_lines(run), *_metric_lines(records), *_checkpoint_lines(run), *_rank_lines(run, now=time.time())]))
     if records:
         plot_metrics(run / METRICS_FILE, run / "metrics.png")
-        print(f"drawn anew: {run / 'metrics.png'}", flush=True)
+        read = read_runs([run])
+        drawn = [run / "metrics.png", *([run / "distributions.png"] if plot_distributions(read[0], run / "distributions.png") else []), run / PAGE_FILE]
+        write_page(read, run / PAGE_FILE)
+        print(f"drawn anew: {', '.join(map(str, drawn))}", flush=True)
     if wandb_sync:
         _upload(config, records)
 
 
 def _status_lines(run: Path) -> list[str]:
-    status = _read(run / "status.json")
+    status = read_object(run / "status.json")
     ended = f", exit code {status['exit_code']}" if status.get("exit_code") is not None else ""
     lines = [f"status: {status.get('state', 'unknown')} at step {status.get('step', 'unknown')}{ended}"]
     return [*lines, *(f"  {line}" for line in str(status.get("reason") or "").splitlines())]
@@ -44,7 +49,7 @@ def _metric_lines(records: list[Record]) -> list[str]:
 
 
 def _metrics(record: Record) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in record.items() if name not in ("split", "step")]
+    return [(name, value) for name, value in record.items() if name not in ("split", "step") and not isinstance(value, list)]
 
 
 def _shown(value: float) -> str:
@@ -62,7 +67,7 @@ def _checkpoint_state(folder: Path) -> str:
         return "damaged, set aside"
     if not folder.name.startswith("step-"):
         return "not finished"
-    manifest = _read(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "without a whole manifest"
@@ -73,19 +78,10 @@ def _checkpoint_state(folder: Path) -> str:
 
 def _rank_lines(run: Path, *, now: float) -> list[str]:
     """Return when each rank was last heard of."""
-    beats = sorted((_read(path) for path in (run / "ranks").glob("*.json")), key=lambda beat: beat.get("rank", -1))
+    beats = sorted((read_object(path) for path in (run / "ranks").glob("*.json")), key=lambda beat: beat.get("rank", -1))
     return [
         f"rank {beat.get('rank')} on {beat.get('host')} (pid {beat.get('pid')}): {beat.get('phase')}, step {beat.get('step')}, {now - beat.get('beat', now):.0f} s ago" for beat in beats
     ]
-
-
-def _read(path: Path) -> dict:
-    """Return the JSON object in a file; an empty one where there is none, as a file may go or change while a run goes on."""
-    try:
-        found = read_json(path)
-    except (ValueError, Unreadable):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _upload(config: RunConfig, records: list[Record]) -> None:

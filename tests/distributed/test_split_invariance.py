@@ -129,6 +129,12 @@ def require_same_step(runs: Path, split: Path) -> None:
     # Means of small differences between large sums, in which rounding of the sums stays absolute.
     for name in ("rewards/chosen", "rewards/rejected"):
         assert found[name] == pytest.approx(wanted[name], abs=1e-5), name
+    for label in ("chosen", "rejected"):
+        assert found[f"logratios/{label}"] == wanted[f"logratios/{label}"] and sum(wanted[f"logratios/{label}"]) == 8
+        assert found[f"length_correlation/{label}"] == pytest.approx(wanted[f"length_correlation/{label}"], abs=1e-4)
+        for ours, theirs in zip(found[f"rewards_by_length/{label}"], wanted[f"rewards_by_length/{label}"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    assert found["rewards/auc"] == wanted["rewards/auc"]
 
     require_equal_gradients(runs / "model", plain, split)
 

@@ -65,7 +65,8 @@ def test_wheel_holds_the_code_and_the_deepspeed_configs(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"kto_ds/ds_configs/{file.name}" for file in (ROOT / "ds_configs").glob("*.json")}
     code = {str(file.relative_to(ROOT)) for file in (ROOT / "kto_ds").rglob("*.py")}
-    assert configs and configs | code <= names
+    page = {f"kto_ds/report/page.{kind}" for kind in ("css", "js")}
+    assert configs and configs | code | page <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"kto_ds"}
 
 

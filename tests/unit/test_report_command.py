@@ -8,6 +8,7 @@ import pytest
 from kto_ds import cli
 from kto_ds.artifacts import describe_folder, seal
 from tests.distributed.runs import write_config
+from tests.unit.made_up_runs import records_of, write_metrics
 
 TRAIN = {"split": "train", "step": 3, "epoch": 0.5, "loss": 0.25}
 
@@ -46,12 +47,21 @@ def test_it_says_how_the_run_stands_and_draws_it(run, capsys):
     ):  # fmt: skip
         assert text in printed, printed
     assert (run / "metrics.png").stat().st_size > 10_000
+    assert "drawn anew: " in printed and f"{run / 'report.html'}" in printed and "NumericsError: step 5: bad" in (run / "report.html").read_text()
+    assert not (run / "distributions.png").exists(), "nothing of them is logged"
+
+
+def test_pictures_and_page_of_a_run_with_distributions(run):
+    write_metrics(run / "metrics.jsonl", records_of(12))
+    assert report(run) == 0
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("metrics.png", "distributions.png"))
+    assert (run / "report.html").read_text().count("<figure") > 12
 
 
 def test_a_run_that_has_just_begun(run, capsys):
     (run / "metrics.jsonl").unlink()
     assert report(run) == 0
-    assert "no metrics yet" in capsys.readouterr().out and not (run / "metrics.png").exists()
+    assert "no metrics yet" in capsys.readouterr().out and not (run / "metrics.png").exists() and not (run / "report.html").exists()
     assert report(run, "--wandb-sync") == 2
     assert "there are no metrics to upload" in capsys.readouterr().err
 
