@@ -45,11 +45,14 @@ HAND_OVERS = {
     ("model.attention", "data.batch"),  # Segments
     ("model.flops", "data.dataset"),  # TokenizedSplit
     ("model.flops", "data.packing"),  # Unit
+    ("model.generate", "data.continuation"),  # continuation_batch
+    ("model.generate", "data.packing"),  # Layout
     ("model.policy", "data.batch"),  # Batch
     ("model.scoring", "data.batch"),  # Batch, make_batch
     ("model.scoring", "data.dataset"),  # TokenizedSplit
     ("model.scoring", "data.packing"),  # Layout, MicroBatch
     ("runtime.engine", "data.batch"),  # Batch
+    ("runtime.engine", "model.attention"),  # Memory
     ("runtime.engine", "model.policy"),  # Policy
     ("runtime.engine", "model.routers"),  # RouterLoad
 }

@@ -16,6 +16,7 @@ from kto_ds.artifacts import digest_of
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
 from kto_ds.errors import UserError
+from kto_ds.model.attention import Memory
 from kto_ds.model.policy import Policy
 from kto_ds.model.routers import RouterLoad
 from kto_ds.runtime.checkpoint_files import CheckpointFiles
@@ -60,6 +61,11 @@ class Engine:
         if self.group is not None:
             logps = sum_across_group(logps, self.group)  # a load is of this rank's own tokens
         return (logps, load) if with_load else logps
+
+    def next_logits(self, batch: Batch, memory: Memory) -> Tensor:
+        """Return the logits that generation goes on with, see Policy.forward. Every rank must call this equally often, each with sequences of its own."""
+        beat()
+        return self.deepspeed(batch, memory=memory)
 
     def warm_up(self, filler: Batch, *, balances_experts: bool = False) -> None:
         """Run one forward and backward whose gradient is zero; with `balances_experts`, one that goes through the routers' probabilities too, as a step's does.
