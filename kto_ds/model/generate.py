@@ -22,7 +22,7 @@ class Completion(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    next_logits: Callable[..., Tensor],  # (batch, memory) -> [B, V], that of Policy.forward
+    forward: Callable[..., Tensor],  # that of Policy
     prompts: Sequence[np.ndarray],
     *,
     draws: np.ndarray,  # [B, tokens that a completion may have], uniform in [0, 1): what is random in them
@@ -42,7 +42,7 @@ def generate(
     tokens = np.zeros((len(own), 0), dtype=np.int64)  # [B, N]
     ended = np.full(len(own), not prompts)
     while tokens.shape[1] < draws.shape[1] and not is_over(bool(ended.all())):
-        logits = next_logits(continuation_batch(own, tokens, layout).to(device), memory)
+        logits = forward(continuation_batch(own, tokens, layout).to(device), memory=memory)
         column = draws[:, tokens.shape[1]] if prompts else np.zeros(1)
         newest = choose_tokens(logits, torch.from_numpy(column).to(device), temperature=temperature, top_p=top_p).cpu().numpy()
         tokens = np.column_stack([tokens, newest])

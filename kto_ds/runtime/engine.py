@@ -54,18 +54,18 @@ class Engine:
         self._base_lrs = list(self.deepspeed.lr_scheduler.base_lrs)
         self._share_moments()
 
-    def __call__(self, batch: Batch, with_load: bool = False) -> Tensor | tuple[Tensor, RouterLoad]:
-        """Return what Policy.forward does: the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+    def __call__(self, batch: Batch, with_load: bool = False, memory: Memory | None = None) -> Tensor | tuple[Tensor, RouterLoad]:
+        """Return what Policy.forward does: the sequence log-probs [S] of a micro-batch. Every rank must call this equally often.
+
+        With a memory, as generation has it, ranks that share rows otherwise do not: each has sequences of its own.
+        """
         beat()
+        if memory is not None:
+            return self.deepspeed(batch, memory=memory)
         logps, load = self.deepspeed(batch, with_load=True) if with_load else (self.deepspeed(batch), None)
         if self.group is not None:
             logps = sum_across_group(logps, self.group)  # a load is of this rank's own tokens
         return (logps, load) if with_load else logps
-
-    def next_logits(self, batch: Batch, memory: Memory) -> Tensor:
-        """Return the logits that generation goes on with, see Policy.forward. Every rank must call this equally often, each with sequences of its own."""
-        beat()
-        return self.deepspeed(batch, memory=memory)
 
     def warm_up(self, filler: Batch, *, balances_experts: bool = False) -> None:
         """Run one forward and backward whose gradient is zero; with `balances_experts`, one that goes through the routers' probabilities too, as a step's does.

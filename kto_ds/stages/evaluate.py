@@ -12,11 +12,13 @@ from kto_ds.errors import UserError
 from kto_ds.model.lora import Adapter, find_adapter, require_lora_served
 from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config, require_positions
+from kto_ds.report.samples_file import EVALUATION_SAMPLES_FILE
 from kto_ds.runtime.collectives import World, barrier, on_main_rank, start
 from kto_ds.runtime.guard import guarded, stacks_folder
 from kto_ds.stages.identity import require_same_tokenizer, resolve_weights, weights_line
 from kto_ds.stages.inputs import evaluation_splits, open_dataset, open_reference
 from kto_ds.stages.objective import evaluate_split
+from kto_ds.stages.samples import Asker, ask, open_questions
 from kto_ds.stages.serving import load_scorer, place
 
 EXPORT_FIRST = "run kto-ds export --config RUN.yaml, or set eval.path"
@@ -44,12 +46,17 @@ def _evaluate(config: RunConfig, path: str, model: ModelConfig, model_config: Pr
     for name in names:
         require_positions(model_config, splits[name].longest_pair_tokens, "eval.path")
         require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
+    questions = open_questions(config.eval.generate, model, splits, where="eval.path")
     serving = choose_serving(model, model_config, world.device)
     scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world, adapter=adapter and adapter.folder)
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)
     metrics = {name: evaluate_split(scorer, splits[name], references[name], loss, sharding=sharding) for name in names}
     if world.is_main:
         _report(config, path, loss, metrics)
+    if questions:
+        on_main_rank(lambda: (config.output_dir / EVALUATION_SAMPLES_FILE).unlink(missing_ok=True))
+        asker = Asker(scorer, questions, splits, references, loss.beta, config.seed, sharding)
+        ask(asker, config.output_dir, step=None, file=EVALUATION_SAMPLES_FILE, wants_to_stop=lambda: False)
 
 
 def _report(config: RunConfig, path: str, loss: LossConfig, metrics: dict[str, dict[str, float]]) -> None:

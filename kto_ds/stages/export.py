@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kto_ds.artifacts import require_match
 from kto_ds.config import LossConfig, OptimConfig, RunConfig
@@ -16,7 +16,7 @@ from kto_ds.data.split_report import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.lora import merge_adapters, require_peft, write_adapter
 from kto_ds.model.save import MAX_SHARD_SIZE, FileLayout, plan_files, write_model
-from kto_ds.model.support import DTYPES, model_digest, read_model_config, weight_files
+from kto_ds.model.support import DTYPES, model_digest, read_generation_config, read_model_config, weight_files
 from kto_ds.report.console import bar_interval
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.runtime.collectives import World, start
@@ -65,7 +65,7 @@ def _write_whole(folder: Path, config: RunConfig, model_config: PretrainedConfig
     """Write config and weights of the model, a layer at a time."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
-    lm.generation_config = _generation_config(config)
+    lm.generation_config = read_generation_config(config.model)
     layout = plan_files(lm)
     _require_all(lm, layout, weights)
     with tqdm(total=layout.num_bytes, desc="export", unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
@@ -137,13 +137,6 @@ def _whole(name: str, weight: LazyWeight, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(whole).all():
         raise UserError(f"{name} is not finite", where="checkpoints")
     return whole
-
-
-def _generation_config(config: RunConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    except OSError:
-        return GenerationConfig()
 
 
 def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint, *, is_adapter: bool) -> str:

@@ -26,7 +26,7 @@ def random_prompts() -> list[np.ndarray]:
 def answers(policy: Policy, prompts: list[np.ndarray], layout: str, *, stop_ids=(), temperature: float = 0.0, top_p: float = 1.0, draws=None, is_over=bool) -> list[Completion]:
     draws = np.zeros((len(prompts), NUM_TOKENS)) if draws is None else draws
     return generate(
-        lambda batch, memory: policy(batch, memory=memory), prompts, draws=draws, temperature=temperature, top_p=top_p, stop_ids=stop_ids, layout=layout,
+        policy, prompts, draws=draws, temperature=temperature, top_p=top_p, stop_ids=stop_ids, layout=layout,
         device=torch.device("cpu"), is_over=is_over,
     )  # fmt: skip
 
