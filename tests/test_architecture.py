@@ -59,7 +59,7 @@ HAND_OVERS = {
 # A stage is one sub-command; these files hold what several of them share.
 SHARED_BY_STAGES = {
     "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.rehearsal", "stages.resume",
-    "stages.run", "stages.samples", "stages.serving", "stages.step_work",
+    "stages.run", "stages.samples", "stages.serving", "stages.step_work", "stages.trained",
 }  # fmt: skip
 
 FENCES = {
