@@ -48,7 +48,7 @@ def require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkpo
     """Refuse a checkpoint of another model, seed, loss or batch. What may change in the middle of a run is read from the checkpoint itself."""
     found = changes(checkpoint.manifest["config"], config.model_copy(update={"loss": loss}).model_dump(mode="json"))
     if differing := [str(change) for change in found if change.key in FIXED]:
-        remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
+        remedy = "use the config the run was trained with: it lies in config.yaml beside the checkpoints"
         raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
 
 
