@@ -46,7 +46,8 @@ def packed_attention(
 
     Where ranks share the row, T are the tokens of this rank's part, and `exchange` brings the heads of all tokens together.
     `options` are what the model hands down: `segments` and `memory` (from Policy.forward), `scaling`, `sliding_window`, `s_aux` (attention sinks, which the
-    sdpa kernel serves), and soft-capped scores, which are refused. With a memory, keys are those of all tokens so far, and no row is shared. Dropout is off in every model that load_policy returns.
+    sdpa kernel serves), and soft-capped scores, which are refused. With a memory, keys are those of all tokens so far, and no row is shared.
+    Dropout is off in every model that load_policy returns.
     """
     segments: Segments | None = options.get("segments")
     if segments is None:

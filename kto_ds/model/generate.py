@@ -59,7 +59,8 @@ def choose_tokens(logits: Tensor, draws: Tensor, *, temperature: float, top_p: f
     kept = likelier < top_p
     totals = (probabilities * kept).cumsum(dim=-1)
     places = torch.searchsorted(totals, draws[:, None] * totals[:, -1:], right=True)
-    return order.gather(1, places.minimum(kept.sum(dim=-1, keepdim=True) - 1)).squeeze(1)
+    last = kept.sum(dim=-1, keepdim=True) - 1  # below 0 where the logits are no numbers
+    return order.gather(1, places.minimum(last).clamp(min=0)).squeeze(1)
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> Completion:

@@ -119,6 +119,10 @@ def test_the_last_draw_below_one_still_finds_a_token():
     assert choose_tokens(logits, last, temperature=1.0, top_p=0.5).item() == 3  # 4 of 7 have half
 
 
+def test_logits_that_are_no_numbers_give_some_token():
+    assert choose_tokens(torch.full((2, 7), float("nan")), torch.zeros(2, dtype=torch.float64), temperature=1.0, top_p=0.9).tolist() == [0, 0]
+
+
 def test_rounds_hold_what_fits_and_are_equally_many_on_every_rank():
     assert share_prompts([5, 9, 2, 7], max_tokens=20, num_ranks=1) == [[[1, 3], [0, 2]]]
     assert share_prompts([5, 9, 2, 7], max_tokens=6, num_ranks=1) == [[[1], [3], [0], [2]]]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from kto_ds.cli import read_config
+from kto_ds.data.batch_plan import plan_batches
 from kto_ds.errors import UserError
 from kto_ds.report.samples_file import drop_after, read_samples, write_samples
-from kto_ds.stages.samples import spread_prompts, text_after
+from kto_ds.stages.run import Inputs, Run
+from kto_ds.stages.samples import Questions, spread_prompts, text_after
 from tests.distributed.runs import number_tokenizer
 from tests.unit.splits import make_split
 from tests.unit.test_config_cli import run_file
@@ -48,6 +50,19 @@ def test_a_resume_drops_what_came_after_and_heals_a_torn_line(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"split": "eval", "step": step, "prompt": "漢"} for step in (0, 2)]
     drop_after(path, -1)
     assert read_samples(path) == []
+
+
+def test_the_policy_is_asked_at_first_at_last_and_in_every_so_many_evaluations(tmp_path):
+    def steps(eval_steps: str, every: int) -> list[int]:
+        config = config_of(tmp_path, "--data.held_out_fraction", "0.1", "--eval.generate.every", str(every), "--eval.eval_steps", eval_steps)
+        plan = plan_batches(np.repeat(np.arange(10), 2), global_batch_size=2, num_train_epochs=1, max_steps=None, shuffle=False, seed=0)
+        inputs = Inputs({}, {}, ("", ""), plan, config.loss, {}, Questions(config.eval.generate, {}, number_tokenizer(20), [2]))
+        run = Run(config, inputs=inputs, world=None, engine=None, planner=None, watch=None, wall_time=None, aux_coef=None)
+        return [step for step in range(11) if (step == 0 or run.is_evaluated_at(step)) and run.is_sampled_at(step)]
+
+    assert steps("3", 1) == [0, 3, 6, 9, 10]
+    assert steps("3", 2) == [0, 6, 10]
+    assert steps("null", 1) == [0, 10] == steps("4", 3)
 
 
 def config_of(tmp_path: Path, *options: str):
