@@ -33,11 +33,12 @@ COMMANDS = {
     "train": "KTO under DeepSpeed (start it with deepspeed for several ranks)",
     "evaluate": "score the evaluation rows with an exported model",
     "export": "checkpoint -> Hugging Face folder",
+    "chat": "talk to the policy beside the reference, with the reward of each answer",
     "verify": "every digest of the run's artefacts and checkpoints",
     "report": "how a run stands, as text, pictures and a page; kto-ds report RUN [RUN ...] needs no config, and compares runs",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "demo")
+SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "chat", "verify", "report", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "plan": {
@@ -64,6 +65,13 @@ OWN_OPTIONS = {
     "export": {
         "checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N"),
         "merge": (False, "of a run with model.lora: write the whole model with the adapters in its weights, to <output_dir>/merged"),
+    },
+    "chat": {
+        "checkpoint": (None, "latest, best (of checkpoint.metric_for_best_model) or step-N, instead of the export"),
+        "policy_only": (False, "leave the reference out: half of the memory where it shares no weights with the policy, and no rewards"),
+        "max_new_tokens": (256, "tokens of the longest answer"),
+        "temperature": (0.7, "0: always the likeliest token"),
+        "top_p": (0.9, "draw from the likeliest tokens that have this probability together"),
     },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }

@@ -146,10 +146,20 @@ class DeepSpeedConfig(Section):
     config: str = Field("zero3", description="a DeepSpeed JSON file, or the name of one in ds_configs/")
 
 
+class GenerateConfig(Section):
+    """What the policy says to prompts of the evaluation splits; names are those of transformers.GenerationConfig."""
+
+    num_prompts: Count = Field(8, description="distinct prompts of each evaluation split, spread over it")
+    max_new_tokens: Count = Field(128, description="longest completion")
+    temperature: NonNegative = Field(0.0, description="0: always the likeliest token; 1: drawn from the policy's own distribution, by the run's seed")
+    top_p: Annotated[Positive, Field(le=1)] = Field(1.0, description="draw from the likeliest tokens that have this probability together")
+    every: Count = Field(1, description="generate in every so many evaluations, and always before the first step and in the last evaluation")
+
+
 class EvalConfig(Section):
     eval_steps: Count | None = Field(None, description="evaluate every so many steps; null: only at the end")
     path: Text | None = Field(None, description="model that `kto-ds evaluate` scores; default <output_dir>/export")
-    generate: None = Field(None, description="sampling in evaluation: not available yet, only null")
+    generate: GenerateConfig | None = Field(None, description="write what the policy answers to samples.jsonl; null: it is not asked")
 
 
 class CheckpointConfig(Section):
@@ -217,6 +227,8 @@ class RunConfig(Section):
                 f"batch.global_batch_size: a step of {self.batch.global_batch_size} cannot hold a KL group of {self.data.kl_group_size} prompts; "
                 f"raise it to {self.data.kl_group_size} or more, or lower data.kl_group_size"
             )
+        if self.eval.generate and not self.data.eval_splits and self.data.held_out_fraction is None:
+            raise ValueError("eval.generate: there are no evaluation rows to take prompts from; list sources under data.eval, or set data.held_out_fraction")
         for key, text in _texts(self.model_dump(mode="json")):
             if secret := secret_in(text):
                 raise ValueError(f"{key}: holds {secret}, which would be written to the run's files; take it out, and log in by a variable or a file of the service")

@@ -47,18 +47,21 @@ HAND_OVERS = {
     ("model.attention", "data.batch"),  # Segments
     ("model.flops", "data.dataset"),  # TokenizedSplit
     ("model.flops", "data.packing"),  # Unit
+    ("model.generate", "data.continuation"),  # continuation_batch
+    ("model.generate", "data.packing"),  # Layout
     ("model.policy", "data.batch"),  # Batch
     ("model.scoring", "data.batch"),  # Batch, make_batch
     ("model.scoring", "data.dataset"),  # TokenizedSplit
     ("model.scoring", "data.packing"),  # Layout, MicroBatch
     ("runtime.engine", "data.batch"),  # Batch
+    ("runtime.engine", "model.attention"),  # Memory
     ("runtime.engine", "model.policy"),  # Policy
     ("runtime.engine", "model.routers"),  # RouterLoad
 }
 # A stage is one sub-command; these files hold what several of them share.
 SHARED_BY_STAGES = {
     "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.rehearsal", "stages.resume",
-    "stages.run", "stages.run_page", "stages.serving", "stages.step_work",
+    "stages.run", "stages.run_page", "stages.samples", "stages.serving", "stages.step_work", "stages.trained",
 }  # fmt: skip
 
 FENCES = {

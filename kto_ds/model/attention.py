@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from kto_ds.data.batch import Segments
@@ -24,14 +24,30 @@ NAME = "kto_varlen"
 Exchange = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
+class Memory:
+    """Keys and values of every attention layer, in the order in which their tokens came: what generation goes on from."""
+
+    def __init__(self):
+        self._of_layer: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def extended(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all tokens so far, [1, Hkv, T of all, D], where these are of the newest ones."""
+        past = self._of_layer.get(layer)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        self._of_layer[layer] = key, value
+        return key, value
+
+
 def packed_attention(
     kernel: Callable[..., Tensor], module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, exchange: Exchange | None = None, **options
 ) -> tuple[Tensor, None]:
     """Attention of one layer on a packed row: query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None).
 
     Where ranks share the row, T are the tokens of this rank's part, and `exchange` brings the heads of all tokens together.
-    `options` are what the model hands down: `segments` (from Policy.forward), `scaling`, `sliding_window`, `s_aux` (attention sinks, which the sdpa
-    kernel serves), and soft-capped scores, which are refused. Dropout is off in every model that load_policy returns.
+    `options` are what the model hands down: `segments` and `memory` (from Policy.forward), `scaling`, `sliding_window`, `s_aux` (attention sinks, which the
+    sdpa kernel serves), and soft-capped scores, which are refused. With a memory, keys are those of all tokens so far, and no row is shared.
+    Dropout is off in every model that load_policy returns.
     """
     segments: Segments | None = options.get("segments")
     if segments is None:
@@ -45,6 +61,9 @@ def packed_attention(
     assert query.shape[0] == 1, f"a packed batch has one row, found {tuple(query.shape)}"
     own = {} if sinks is None else {"sinks": sinks}
     attend = partial(_attend, kernel, segments, scale=options.get("scaling"), window=options.get("sliding_window"), **own)
+    memory: Memory | None = options.get("memory")
+    if memory is not None:
+        return attend(query, *memory.extended(module, key, value)), None
     return (exchange(attend, query, key, value) if exchange else attend(query, key, value)), None
 
 

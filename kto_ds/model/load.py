@@ -68,7 +68,7 @@ def load_policy(
     began, size = time.monotonic(), sum((folder / name).stat().st_size for name in names)
     is_main = not deepspeed.comm.is_initialized() or deepspeed.comm.get_rank() == 0
     lm = _stream(model, config, attention, partition_for, beat) if partition_for else None
-    lm = lm or _from_pretrained(model, config, attention, partition_for, device)
+    lm = lm or _from_pretrained(model, config, attention, partition_for, None if device is None else {"": device})
     seconds = time.monotonic() - began
     if is_main:
         print(f"weights: {size / 1e9:,.2f} GB from {len(names)} file{'s' if len(names) > 1 else ''} in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s", flush=True)
@@ -86,7 +86,15 @@ def load_policy(
     return Policy(lm).train()
 
 
-def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: str, partition_for: dict | None, device: torch.device | None) -> PreTrainedModel:
+def load_plain(model: ModelConfig, config: PretrainedConfig, *, device_map: dict | str, adapter: Path | None = None) -> PreTrainedModel:
+    """Return the model as transformers runs it, with its own attention and head, in eval mode; `adapter` is a folder with trained adapters for it."""
+    lm = _from_pretrained(model, config, padded_attention(config), None, device_map)
+    if adapter is not None:
+        load_adapter(lm, adapter)
+    return lm.eval()
+
+
+def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: str, partition_for: dict | None, device_map: dict | str | None) -> PreTrainedModel:
     # transformers looks for a living HfDeepSpeedConfig through a weak reference while it loads.
     keep_alive = HfDeepSpeedConfig(partition_for) if partition_for else contextlib.nullcontext()
     folder, _ = weight_files(model)
@@ -94,7 +102,7 @@ def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: st
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention,
             use_safetensors=True, trust_remote_code=model.trust_remote_code, output_loading_info=True,
-            device_map=None if device is None else {"": device},
+            device_map=device_map,
             quantization_config=four_bits(DTYPES[model.dtype]) if model.load_in_4bit else None,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # a quantised model asks for libraries of its own

@@ -137,8 +137,11 @@ class LogprobHead(nn.Module):
         self.change = change
         self.weight = weight  # [V, D]; ZeRO-3 may have partitioned it
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-prob of every target: hidden [C, D], targets [C] int64 -> [C] float32."""
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the log-prob of every target: hidden [C, D], targets [C] int64 -> [C] float32. Without targets: all logits, [C, V] float32, without gradient."""
+        if targets is None:
+            [(_, logits)] = _chunks(hidden, self.weight, len(hidden), self.change)
+            return logits
         assert hidden.dim() == 2 and targets.shape == hidden.shape[:1], f"expected [C, D] and [C], found {tuple(hidden.shape)} and {tuple(targets.shape)}"
         chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
         chunk_size = max(1, chunk_bytes // (4 * self.weight.shape[0]))

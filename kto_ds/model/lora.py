@@ -7,6 +7,8 @@ Legend: R rank, I inputs and O outputs of a linear layer.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +123,21 @@ def load_adapter(lm: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"an adapter that is not served, {what}", where=str(folder), remedy=MERGE)
     for name, parameter in own.items():
         parameter.data.copy_(stored[name])
+
+
+@contextmanager
+def without_adapters(lm: PreTrainedModel) -> Iterator[None]:
+    """Have the model be the one below its adapters inside the block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
 
 
 def write_adapter(folder: Path, lora: LoraConfig, weights: dict[str, Tensor], *, base: str, revision: str | None) -> None:

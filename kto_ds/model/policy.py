@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kto_ds.data.batch import Batch
+from kto_ds.model.attention import Memory
 from kto_ds.model.logprobs import LogprobHead, logit_change
 from kto_ds.model.routers import RouterLoad, meter_routers
 
@@ -29,17 +30,20 @@ class Policy(nn.Module):
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
         return decoder_layers(self.lm)
 
-    def forward(self, batch: Batch, per_token: bool = False, with_load: bool = False) -> Tensor | tuple[Tensor, RouterLoad]:
+    def forward(self, batch: Batch, per_token: bool = False, with_load: bool = False, memory: Memory | None = None) -> Tensor | tuple[Tensor, RouterLoad]:
         """Return the log-prob of each pair's completion after its prompt, summed over its tokens, [S] float32; or those of all tokens, [C].
 
         A mixture of experts also tells how its routers sent the tokens, where it is asked to: (log-probs, load).
+        With a memory of the tokens before the batch, which packed layouts need: the logits of what follows each predictor, [C, V].
         """
-        inputs = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments}
+        inputs = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments, "memory": memory}
         if self.router_meter:
             self.router_meter.begin(batch.uses.flatten() if with_load else None)
         # With use_cache, transformers would take packed positions for one sequence.
         outputs = self.lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predictors]  # [C, D]
+        if memory is not None:
+            return self.lm.get_output_embeddings()(hidden)
         token_logps = self.lm.get_output_embeddings()(hidden, batch.targets)  # [C]
         logps = token_logps if per_token else sum_by_pair(token_logps, batch)
         return (logps, self.router_meter.end()) if with_load else logps

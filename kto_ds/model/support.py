@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kto_ds.artifacts import digest_of, folder_digest
@@ -69,6 +69,14 @@ def _language_part(config: PretrainedConfig, where: str) -> PretrainedConfig:
     if model_class.config_class is not type(text):
         raise UserError(f"{config.model_type} is more than a language model, which is not served", where=where, remedy="save its language model alone, and name that")
     return text
+
+
+def read_generation_config(model: ModelConfig) -> GenerationConfig:
+    """Return how the model's makers want it to generate; an empty config where they do not say."""
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+    except OSError:
+        return GenerationConfig()
 
 
 def num_experts(config: PretrainedConfig) -> int:

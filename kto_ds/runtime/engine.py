@@ -16,6 +16,7 @@ from kto_ds.artifacts import digest_of
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import Batch
 from kto_ds.errors import UserError
+from kto_ds.model.attention import Memory
 from kto_ds.model.policy import Policy
 from kto_ds.model.routers import RouterLoad
 from kto_ds.runtime.checkpoint_files import CheckpointFiles
@@ -53,9 +54,14 @@ class Engine:
         self._base_lrs = list(self.deepspeed.lr_scheduler.base_lrs)
         self._share_moments()
 
-    def __call__(self, batch: Batch, with_load: bool = False) -> Tensor | tuple[Tensor, RouterLoad]:
-        """Return what Policy.forward does: the sequence log-probs [S] of a micro-batch. Every rank must call this equally often."""
+    def __call__(self, batch: Batch, with_load: bool = False, memory: Memory | None = None) -> Tensor | tuple[Tensor, RouterLoad]:
+        """Return what Policy.forward does: the sequence log-probs [S] of a micro-batch. Every rank must call this equally often.
+
+        With a memory, as generation has it, ranks that share rows otherwise do not: each has sequences of its own.
+        """
         beat()
+        if memory is not None:
+            return self.deepspeed(batch, memory=memory)
         logps, load = self.deepspeed(batch, with_load=True) if with_load else (self.deepspeed(batch), None)
         if self.group is not None:
             logps = sum_across_group(logps, self.group)  # a load is of this rank's own tokens

@@ -27,6 +27,7 @@ from kto_ds.stages.identity import resolve_weights, run_record
 from kto_ds.stages.inputs import open_dataset, open_reference
 from kto_ds.stages.resume import require_known_metric
 from kto_ds.stages.run import Inputs
+from kto_ds.stages.samples import open_questions
 from kto_ds.stages.serving import require_same_weights
 from kto_ds.stages.step_work import StepPlanner
 
@@ -54,7 +55,8 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.model.lora is not None:  # a checkpoint does not hold the weights below the adapters
         identity["base model"] = reference_model if config.reference.path is None else on_main_rank(lambda: model_digest(config.model))
     reference_way = reference_manifest["attention"], reference_manifest["kernels"]
-    return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity))
+    questions = open_questions(config.eval.generate, config.model, splits)
+    return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity), questions)
 
 
 def require_served(config: RunConfig, model_config: PretrainedConfig, deepspeed_config: dict, serving: Serving, world: World) -> None:

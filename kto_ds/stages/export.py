@@ -1,14 +1,13 @@
 """A checkpoint, the newest if none is named -> a Hugging Face folder: sharded safetensors, config, tokenizer, model card. Of LoRA an adapter's folder, or with --merge a model's."""
 
 import json
-import re
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kto_ds.artifacts import require_match
 from kto_ds.config import LossConfig, OptimConfig, RunConfig
@@ -16,19 +15,14 @@ from kto_ds.data.dataset import REPORT
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.lora import merge_adapters, require_peft, write_adapter
 from kto_ds.model.save import MAX_SHARD_SIZE, FileLayout, plan_files, write_model
-from kto_ds.model.support import DTYPES, model_digest, read_model_config, weight_files
+from kto_ds.model.support import DTYPES, model_digest, read_generation_config, read_model_config, weight_files
 from kto_ds.report.console import bar_interval
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
-from kto_ds.runtime.collectives import World, start
-from kto_ds.runtime.restore import Checkpoint, LazyWeight, newest_verified, read_weights, verified
-from kto_ds.runtime.retention import folder_name, list_checkpoints
+from kto_ds.runtime.collectives import start
+from kto_ds.runtime.restore import Checkpoint, LazyWeight
 from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
-from kto_ds.stages.progress import Progress
-from kto_ds.stages.resume import FIXED, changes
+from kto_ds.stages.trained import choose_checkpoint, require_same_config, trained_weights, whole
 from kto_ds.staging import staged_folder
-
-TRAIN_FIRST = "run kto-ds train --config RUN.yaml"
-POLICY_PREFIX = "lm."  # where Policy keeps the language model
 
 
 def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False) -> None:
@@ -38,10 +32,10 @@ def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False) -> 
         require_peft("model.lora")
     elif merge:
         raise UserError("there are no adapters to merge: model.lora is null", where="--merge", remedy="leave this option out: the export is a whole model")
-    chosen = _choose(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
+    chosen = choose_checkpoint(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
     loss = weights_of_config(config.loss, chosen.manifest["config"])
-    _require_same_config(config, loss, chosen)
-    weights = {name.removeprefix(POLICY_PREFIX): weight for name, weight in read_weights(chosen).items()}
+    require_same_config(config, loss, chosen)
+    weights = trained_weights(chosen)
     tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen, is_adapter=config.model.lora is not None and not merge)
     target, began = config.merged_dir if merge else config.export_dir, time.monotonic()
     with staged_folder(target) as folder:
@@ -65,15 +59,15 @@ def _write_whole(folder: Path, config: RunConfig, model_config: PretrainedConfig
     """Write config and weights of the model, a layer at a time."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype], trust_remote_code=config.model.trust_remote_code)
-    lm.generation_config = _generation_config(config)
+    lm.generation_config = read_generation_config(config.model)
     layout = plan_files(lm)
     _require_all(lm, layout, weights)
     with tqdm(total=layout.num_bytes, desc="export", unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
-        write_model(lm, folder, lambda names: {name: _whole(name, weights[name], lm.dtype) for name in names}, layout=layout, on_written=bar.update)
+        write_model(lm, folder, lambda names: {name: whole(name, weights[name], lm.dtype) for name in names}, layout=layout, on_written=bar.update)
 
 
 def _all_whole(weights: dict[str, LazyWeight], config: RunConfig) -> dict[str, Tensor]:
-    return {name: _whole(name, weight, DTYPES[config.model.dtype]) for name, weight in weights.items()}
+    return {name: whole(name, weight, DTYPES[config.model.dtype]) for name, weight in weights.items()}
 
 
 def _merged_model(config: RunConfig, model_config: PretrainedConfig, weights: dict[str, LazyWeight], checkpoint: Checkpoint) -> PreTrainedModel:
@@ -87,38 +81,6 @@ def _merged_model(config: RunConfig, model_config: PretrainedConfig, weights: di
     return lm
 
 
-def _choose(root: Path, name: str, world: World) -> Checkpoint:
-    """Return the verified checkpoint of this name: latest, best (of checkpoint.metric_for_best_model, when it was last looked at) or step-N."""
-    named = re.fullmatch(r"step-(\d+)", name)
-    if name not in ("latest", "best") and not named:
-        raise UserError(f"no such checkpoint: {excerpt(name)}", where="--checkpoint", remedy="give latest, best, or one of step-N")
-    if named:
-        step = int(named[1])
-    else:
-        newest = newest_verified(root, world, sets_aside=False)
-        if newest is None:
-            raise UserError("there is no checkpoint", where=str(root), remedy=TRAIN_FIRST)
-        if name == "latest":
-            return newest
-        best = Progress.from_json(newest.manifest["progress"]).best
-        if best is None:
-            raise UserError("this run has not looked for a best checkpoint", where="--checkpoint", remedy="train with checkpoint.metric_for_best_model, or leave this option out")
-        step = best.step
-    folder = root / folder_name(step)
-    if not folder.is_dir():
-        known = ", ".join(f"step-{step}" for step, _ in list_checkpoints(root)) or "none"
-        raise UserError(f"there is no checkpoint of step {step}; there are: {known}", where=str(root), remedy="choose one of these, or leave this option out")
-    return verified(folder, world)
-
-
-def _require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of another model, seed, loss or batch. What may change in the middle of a run is read from the checkpoint itself."""
-    found = changes(checkpoint.manifest["config"], config.model_copy(update={"loss": loss}).model_dump(mode="json"))
-    if differing := [str(change) for change in found if change.key in FIXED]:
-        remedy = "export with the config the run was trained with: it lies in config.yaml beside the checkpoints"
-        raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
-
-
 def _require_all(lm: PreTrainedModel, layout: FileLayout, weights: dict[str, LazyWeight]) -> None:
     """Refuse a checkpoint in which a weight of the model is missing or has another shape."""
     wanted = lm.state_dict()
@@ -128,22 +90,6 @@ def _require_all(lm: PreTrainedModel, layout: FileLayout, weights: dict[str, Laz
     for name in names:
         if weights[name].shape != wanted[name].shape:
             raise UserError(f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}", where="checkpoints")
-
-
-def _whole(name: str, weight: LazyWeight, dtype: torch.dtype) -> Tensor:
-    """Read one weight; UserError when it is not finite."""
-    whole = weight.contiguous()
-    whole = whole.to(dtype) if whole.is_floating_point() else whole
-    if not torch.isfinite(whole).all():
-        raise UserError(f"{name} is not finite", where="checkpoints")
-    return whole
-
-
-def _generation_config(config: RunConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    except OSError:
-        return GenerationConfig()
 
 
 def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint, *, is_adapter: bool) -> str:

@@ -12,6 +12,7 @@ from kto_ds.config import LossConfig, RunConfig
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
+from kto_ds.report.samples_file import SAMPLES_FILE, drop_after
 from kto_ds.report.sinks import Sinks
 from kto_ds.runtime.checkpoint import correct_record, save_checkpoint
 from kto_ds.runtime.collectives import World, on_main_rank
@@ -22,6 +23,7 @@ from kto_ds.runtime.watch import Watch
 from kto_ds.stages.inputs import evaluation_splits
 from kto_ds.stages.objective import Cut, evaluate_split
 from kto_ds.stages.progress import Progress, with_evaluation
+from kto_ds.stages.samples import Asker, Questions, ask
 from kto_ds.stages.step_work import StepPlanner
 
 
@@ -34,6 +36,7 @@ class Inputs(NamedTuple):
     plan: BatchPlan
     loss: LossConfig  # with numbers as weights
     record: dict  # what a resume compares
+    questions: Questions | None = None  # that eval.generate asks
 
 
 class Run(NamedTuple):
@@ -62,6 +65,13 @@ class Run(NamedTuple):
         every = self.config.eval.eval_steps
         return step == self.inputs.plan.num_steps or every is not None and step % every == 0
 
+    def is_sampled_at(self, step: int) -> bool:
+        """Whether the policy is to answer the questions after this step, one that is evaluated or 0."""
+        if self.inputs.questions is None:
+            return False
+        every = (self.config.eval.eval_steps or 1) * self.inputs.questions.settings.every
+        return step == self.inputs.plan.num_steps or step % every == 0
+
     def is_saved_at(self, step: int) -> bool:
         """Whether a save is due in any case; one for a new best or for a stop comes on top."""
         return step == self.inputs.plan.num_steps or step % self.config.checkpoint.save_steps == 0
@@ -89,7 +99,21 @@ def evaluate(run: Run, sinks: Sinks, progress: Progress, known: Mapping[str, Rec
             sinks.log({"split": name, "step": step, "epoch": run.inputs.plan.epoch_after(step), **metrics})
         # A known one counts too: the checkpoint may be older than the evaluation that was made up for.
         progress = with_evaluation(progress, run.config.checkpoint, name, metrics)
-    return progress, True
+    return progress, sample(run, step)
+
+
+def sample(run: Run, step: int) -> bool:
+    """Have the policy answer the questions, if any are due, and return whether it is through with it: not when the run is to stop before that. All ranks call this."""
+    if run.is_sampled_at(step):
+        run.watch.enter("generation", step, at_once=step == 0)
+        inputs = run.inputs
+        asker = Asker(run.engine, inputs.questions, inputs.splits, inputs.reference_logps, inputs.loss.beta, run.config.seed, run.planner.scoring)
+        wants_to_stop = run.wants_to_stop if step else lambda: False  # before the first step there is nothing to save, and the watch ends the run
+        try:
+            ask(asker, run.config.output_dir, step=step, wants_to_stop=wants_to_stop)
+        except Cut:
+            return False
+    return True
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -106,8 +130,14 @@ def save(run: Run, progress: Progress) -> None:
 
 
 def catch_up_on_evaluation(run: Run, sinks: Sinks, progress: Progress) -> tuple[Progress, bool]:
-    """Make up for what an earlier start left out of the evaluation at the step that the run resumes from. Returns as `evaluate` does."""
-    if not progress.step or not run.is_evaluated_at(progress.step):
+    """Make up for what an earlier start left out of the evaluation at the step that the run resumes from. Returns as `evaluate` does.
+
+    Of a run at its start only what the policy answers before the first step is looked at.
+    """
+    on_main_rank(lambda: drop_after(run.config.output_dir / SAMPLES_FILE, progress.step or -1))
+    if not progress.step:
+        return progress, sample(run, 0)
+    if not run.is_evaluated_at(progress.step):
         return progress, True
     now, is_through = evaluate(run, sinks, progress, known=logged_at(run, progress.step))
     if now.best != progress.best:  # there may be no save after this one

@@ -12,6 +12,7 @@ from kto_ds.model.support import read_model_config, require_trainable, router_au
 from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.profiling import StepProfiler, make_room
+from kto_ds.report.samples_file import SAMPLES_FILE
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
@@ -141,7 +142,7 @@ def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:
     config, engine = run.config, run.engine
     engine.warm_up(run.planner.training.batch([], run.inputs.splits["train"]).to(engine.device), balances_experts=bool(run.aux_coef))
     if config.checkpoint.resume == "never":
-        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE)))])
+        on_main_rank(lambda: [set_aside(path) for path in (run.checkpoints, *(config.output_dir / name for name in (METRICS_FILE, NUMERICS_FILE, SAMPLES_FILE)))])
     progress = restore(engine, checkpoint, config.seed, run.world)
     if checkpoint is None:
         _look_at_drift(run)
