@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
+from kto_ds.cli_apart import APART
 from kto_ds.config import RunConfig
 from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
 from kto_ds.early import STOPPING, leave, leave_on_signals
@@ -35,9 +36,10 @@ COMMANDS = {
     "export": "checkpoint -> Hugging Face folder",
     "verify": "every digest of the run's artefacts and checkpoints",
     "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
+    "import-trl": "a command or YAML file of TRL's KTO script -> run.yaml, with a word on every option",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "demo")
+SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "import-trl", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "plan": {
@@ -81,7 +83,7 @@ class _Settings(RunConfig, BaseSettings):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         hint = ""
-        if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
+        if message.startswith("unrecognized arguments: --") and self.prog.split()[-1] not in APART:
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
             options = [part.split("=")[0] for part in message.split() if part.startswith("--")]
             message = f"unrecognized arguments: {' '.join(options)}"  # without their values, which may be secrets
@@ -184,12 +186,9 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(command: str, options: list[str]) -> None:
-    if command == "demo":
-        parser = _Parser(prog="kto-ds demo", description=COMMANDS["demo"])
-        parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run")
-        parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
-        arguments = parser.parse_args(options)
-        _stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
+    if command in APART:
+        arguments = APART[command](_Parser(prog=f"kto-ds {command}", description=COMMANDS[command]), options)
+        _stage(command)(**arguments)
         return
     config, given = read_config(command, options)
     if given.print_config:

@@ -107,11 +107,16 @@ def _looks_like_data(path: Path, text: str) -> str:
 
 
 def write_yaml(config: RunConfig, stream) -> None:
-    """Write every key with its value; the values of secret-looking environment variables are left out."""
+    """Write every key with its value."""
+    dump_values(config.model_dump(mode="json"), stream)
+
+
+def dump_values(values: dict, stream) -> None:
+    """Write a mapping as YAML; the values of secret-looking environment variables are left out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(redact_values(config.model_dump(mode="json")), stream)
+    yaml.dump(redact_values(values), stream)
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,23 @@
+"""Command lines that are not a config with overrides: those of demo and import-trl, and the lists of values of sweep."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+
+def demo_arguments(parser: ArgumentParser, options: list[str]) -> dict:
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
+    return vars(parser.parse_args(options))
+
+
+def import_arguments(parser: ArgumentParser, options: list[str]) -> dict:
+    """Return the arguments of import-trl; what stands behind -- is the command that is read, and none of our options."""
+    own, words = (options[: options.index("--")], options[options.index("--") + 1 :]) if "--" in options else (options, [])
+    parser.add_argument("file", type=Path, nargs="?", help="shell script with one command that starts TRL's KTO, or TRL's YAML file; or give the command behind --")
+    parser.add_argument("--out", type=Path, help="file for the config; default: print it")
+    parser.add_argument("--num_gpus", "--num-gpus", type=int, default=0, help="GPUs that TRL ran on, for the size of its batch; default: as the command says")
+    return {**vars(parser.parse_args(own)), "words": words}
+
+
+# What demo and import-trl do with what is behind their names; they have no config.
+APART = {"demo": demo_arguments, "import-trl": import_arguments}
