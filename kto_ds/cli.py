@@ -66,6 +66,9 @@ OWN_OPTIONS = {
     "export": {
         "checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N"),
         "merge": (False, "of a run with model.lora: write the whole model with the adapters in its weights, to <output_dir>/merged"),
+        "push_to_hub": (None, "then upload the export to this repository of the Hugging Face hub, user/model"),
+        "private": (False, "of --push-to-hub: only you see a repository that is made; so it is without this option too"),
+        "public": (False, "of --push-to-hub: everybody sees it"),
     },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }

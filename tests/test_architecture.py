@@ -58,7 +58,7 @@ HAND_OVERS = {
 }
 # A stage is one sub-command; these files hold what several of them share.
 SHARED_BY_STAGES = {
-    "stages.advising", "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.rehearsal", "stages.resume",
+    "stages.advising", "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.push", "stages.rehearsal", "stages.resume",
     "stages.run", "stages.serving", "stages.step_work",
 }  # fmt: skip
 

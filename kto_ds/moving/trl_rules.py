@@ -99,7 +99,9 @@ def warmup(given: Given) -> Verdict:
 
 
 def warmup_ratio(given: Given) -> Verdict:
-    return Verdict({"optim.warmup_ratio": given.value} if given.value is not None and given.values["warmup_steps"] == 0 else {}, "" if given.values["warmup_steps"] == 0 else "--warmup_steps goes before it")
+    if given.values["warmup_steps"]:
+        return Verdict({}, "--warmup_steps goes before it")
+    return Verdict({} if given.value is None else {"optim.warmup_ratio": given.value}, "a share of the steps")
 
 
 def eval_steps(given: Given) -> Verdict:
