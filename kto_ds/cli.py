@@ -18,9 +18,9 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from kto_ds.cli_apart import APART
+from kto_ds.cli_apart import APART, sweep_options
 from kto_ds.config import RunConfig
-from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
+from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml, write_yaml
 from kto_ds.early import STOPPING, leave, leave_on_signals
 from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 from kto_ds.redaction import redact
@@ -37,9 +37,10 @@ COMMANDS = {
     "verify": "every digest of the run's artefacts and checkpoints",
     "report": "how a run stands, from its files; --wandb-sync uploads its metrics to wandb",
     "import-trl": "a command or YAML file of TRL's KTO script -> run.yaml, with a word on every option",
+    "sweep": "trials of a run with several values of some keys, compared by a metric; all share one dataset and one reference",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "import-trl", "demo")
+SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "verify", "report", "sweep", "import-trl", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "plan": {
@@ -72,6 +73,15 @@ OWN_OPTIONS = {
     },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
 }
+OWN_OPTIONS["sweep"] = {
+    "values": (None, "YAML file with a list of values for each key: loss.beta: [0.05, 0.1]; or give them as --loss.beta 0.05,0.1"),
+    "num_trials": (0, "so many of the combinations, chosen by seed; 0: all"),
+    "metric": (None, "what trials are compared by, such as eval/rewards/margins; null: reward AUC on the first evaluation split, or its margin"),
+    "num_gpus": (0, "ranks of a trial; 0: NUM_RANKS, or one for each visible GPU, or 1"),
+    "dry_run": (False, "list the trials and stop"),
+    "print_commands": (False, "print the command of each unfinished trial, one a line, and stop"),
+}
+NOT_SWEPT = {"model.lora.target_modules"}  # by the command line, where commas part the entries of one list
 OWN = "own "  # ahead of their names while the config is parsed
 
 
@@ -193,13 +203,17 @@ def _run(command: str, options: list[str]) -> None:
         arguments = APART[command](_Parser(prog=f"kto-ds {command}", description=COMMANDS[command]), options)
         _stage(command)(**arguments)
         return
+    more = {}
+    if command == "sweep":
+        sorted_out = sweep_options(options, {name: default for name, (default, _) in OWN_OPTIONS[command].items()}, set(known_keys()) - NOT_SWEPT)
+        options, more = [*sorted_out.base, *sorted_out.own], {"base": sorted_out.base, "listed": sorted_out.values}
     config, given = read_config(command, options)
     if given.print_config:
         write_yaml(config, sys.stdout)
         return
     if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
-    _stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
+    _stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})}, **more)
 
 
 def _stage(command: str) -> Callable:

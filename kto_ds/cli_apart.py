@@ -1,7 +1,9 @@
 """Command lines that are not a config with overrides: those of demo and import-trl, and the lists of values of sweep."""
 
 from argparse import ArgumentParser
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 
 def demo_arguments(parser: ArgumentParser, options: list[str]) -> dict:
@@ -21,3 +23,29 @@ def import_arguments(parser: ArgumentParser, options: list[str]) -> dict:
 
 # What demo and import-trl do with what is behind their names; they have no config.
 APART = {"demo": demo_arguments, "import-trl": import_arguments}
+
+
+class SweepOptions(NamedTuple):
+    """The options of sweep: `base` for every trial alike, `own` of sweep itself, and the values of the keys that have several."""
+
+    base: list[str]
+    own: list[str]
+    values: dict[str, list[str]]
+
+
+def sweep_options(options: list[str], own: dict[str, object], keys: Collection[str]) -> SweepOptions:
+    """Sort the options of sweep. `own` has the default of each of its own, False for flags; commas part the values of `keys` of the config, but not in JSON."""
+    found = SweepOptions([], [], {})
+    rest = list(options)
+    while rest:
+        option = rest.pop(0)
+        key, has_value, value = option.removeprefix("--").partition("=")
+        name = key.replace("-", "_")
+        words = [option]
+        if option.startswith("--") and not has_value and own.get(name) is not False and rest and not rest[0].startswith("--"):
+            words.append(value := rest.pop(0))
+        if key in keys and "," in value and not value.lstrip().startswith(("[", "{")):
+            found.values[key] = [part.strip() for part in value.split(",")]
+        else:
+            (found.own if name in own else found.base).extend(words)
+    return found

@@ -21,10 +21,11 @@ ALLOWED = {
     "__main__": {"cli", "early"},
     "cli": {"cli_apart", "stages", "config", "config_text", "early", "errors", "redaction"},
     "cli_apart": set(),
-    "stages": {"rows", "data", "model", "runtime", "report", "demo", "doctor", "moving", "losses", "advice", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
+    "stages": {"rows", "data", "model", "runtime", "report", "demo", "doctor", "moving", "sweep", "losses", "advice", "artifacts", "staging", "config", "config_data", "config_text", "errors", "redaction"},
     "advice": {"config", "data"},
     "demo": {"artifacts", "config", "errors"},
     "moving": {"errors"},
+    "sweep": {"report", "artifacts", "errors"},
     "doctor": {"config", "errors", "redaction"},
     "report": {"artifacts", "config", "errors", "redaction"},
     "runtime": {"artifacts", "staging", "config", "early", "errors", "redaction"},  # early: which signals stop
