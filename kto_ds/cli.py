@@ -72,14 +72,14 @@ OWN_OPTIONS = {
         "public": (False, "of --push-to-hub: everybody sees it"),
     },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
-}
-OWN_OPTIONS["sweep"] = {
-    "values": (None, "YAML file with a list of values for each key: loss.beta: [0.05, 0.1]; or give them as --loss.beta 0.05,0.1"),
-    "num_trials": (0, "so many of the combinations, chosen by seed; 0: all"),
-    "metric": (None, "what trials are compared by, such as eval/rewards/margins; null: reward AUC on the first evaluation split, or its margin"),
-    "num_gpus": (0, "ranks of a trial; 0: NUM_RANKS, or one for each visible GPU, or 1"),
-    "dry_run": (False, "list the trials and stop"),
-    "print_commands": (False, "print the command of each unfinished trial, one a line, and stop"),
+    "sweep": {
+        "values": (None, "YAML file with a list of values for each key: loss.beta: [0.05, 0.1]; or give them as --loss.beta 0.05,0.1"),
+        "num_trials": (0, "so many of the combinations, chosen by seed; 0: all"),
+        "metric": (None, "what trials are compared by, such as eval/rewards/margins; default: reward AUC of the first evaluation split"),
+        "num_gpus": (0, "ranks of a trial; 0: NUM_RANKS, or one for each visible GPU, or 1"),
+        "dry_run": (False, "list the trials and stop"),
+        "print_commands": (False, "print the command of each unfinished trial, one a line, and stop"),
+    },
 }
 NOT_SWEPT = {"model.lora.target_modules"}  # by the command line, where commas part the entries of one list
 OWN = "own "  # ahead of their names while the config is parsed

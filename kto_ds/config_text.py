@@ -129,6 +129,17 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
                 yield from known_keys(kind, f"{prefix}{name}.")
 
 
+def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str, object]:
+    """Return the values of a dumped config by dotted key; a list or a mapping that a user fills is one value."""
+    found: dict[str, object] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found.update(leaves(field.annotation, values[name], f"{prefix}{name}."))
+        else:
+            found[prefix + name] = values[name]
+    return found
+
+
 def nearest_key(key: str, as_option: bool = False) -> str:
     """Return a hint with the known key most like `key`: in its own section first, then by its last part anywhere.
 

@@ -9,12 +9,11 @@ from typing import TextIO
 from pydantic import ValidationError
 
 from kto_ds.config import RunConfig
-from kto_ds.config_text import dump_values, explain, read_yaml
+from kto_ds.config_text import dump_values, explain, leaves, read_yaml
 from kto_ds.errors import UserError, excerpt
 from kto_ds.moving.trl_command import Command, Values, count_gpus, read_command, read_file
 from kto_ds.moving.trl_import import Kind, Outcome, translate
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
-from kto_ds.stages.resume import leaves
 
 HEADINGS: dict[Kind, str] = {
     "became": "became", "not given": "not given, but TRL's default is another one than ours", "as it is": "needs no key of the config", "no counterpart": "no counterpart",

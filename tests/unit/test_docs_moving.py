@@ -23,7 +23,7 @@ PROBES = {
     "lr_scheduler_type": "cosine", "loss_type": "kto", "dtype": "bfloat16", "attn_implementation": "sdpa", "report_to": "wandb", "metric_for_best_model": "eval_loss", "optim": "adamw_torch",
     "train_sampling_strategy": "sequential", "model_revision": "v1", "max_steps": "100", "warmup_steps": "0.1", "logging_steps": "5", "save_steps": "50", "eval_steps": "50", "test_split_size": "0.1",
     "dataset_name": "org/rows", "model_name_or_path": "some/model", "deepspeed": "zero2.json", "eval_strategy": "steps", "save_strategy": "steps", "logging_strategy": "steps", "truncation_mode": "drop",
-    "warmup_ratio": "0.1", "lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_type": "nf4",
+    "warmup_ratio": "0.1", "per_device_train_batch_size": "8", "lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_type": "nf4",
 }  # fmt: skip
 AROUND = {"max_prompt_length": "512", "use_peft": "true", "load_best_model_at_end": "true", "eval_strategy": "steps"}  # other options that it takes for an option to count
 

@@ -9,12 +9,11 @@ from ruamel.yaml import YAML
 
 from kto_ds import cli
 from kto_ds.config import RunConfig
-from kto_ds.config_text import read_yaml
+from kto_ds.config_text import leaves, read_yaml
 from kto_ds.errors import UserError
 from kto_ds.moving.trl_command import Command, count_gpus, read_command, read_file, typed
 from kto_ds.moving.trl_import import translate
 from kto_ds.moving.trl_options import EARLIER, OPTIONS, RENAMED
-from kto_ds.stages.resume import leaves
 from tests.distributed.runs import ROOT
 from tests.unit.test_docs_data import byte_tokenizer
 
