@@ -25,6 +25,8 @@ def main(file: Path | None, words: list[str], out: Path | None, num_gpus: int) -
     """Write run.yaml to `out`, or print it; the account goes to stdout, or to stderr where the config goes there. `words` are those of the command; 0 GPUs: as it says."""
     if out is not None and out.exists():
         raise UserError("there is a file already", where=str(out), remedy="give another name with --out, or delete it")
+    if num_gpus < 0:
+        raise UserError(f"{num_gpus} is no number of GPUs", where="--num_gpus", remedy="give 1 or more, or leave it out")
     if bool(words) == (file is not None):
         raise UserError("expected a file or a command behind --", where="command line", remedy="kto-ds import-trl -- trl kto --model_name_or_path ...")
     command = read_file(file, read_yaml) if file is not None else read_command(words, read_yaml)

@@ -28,7 +28,7 @@ from kto_ds.runtime.jobs import run_job
 from kto_ds.stages.resume import ALLOWED, FIXED, changes
 from kto_ds.staging import claim_folder
 from kto_ds.sweep.grid import Trial, all_trials, as_text, choose
-from kto_ds.sweep.results import Metric, Result, as_csv, as_json, best_first, is_ranked, read_result, show_results
+from kto_ds.sweep.results import Metric, Result, Spent, as_csv, as_json, best_first, is_ranked, read_result, show_results
 
 RECORD = "sweep.json"
 
@@ -53,24 +53,26 @@ def main(
     trials = choose(all_trials(grid), num_trials, config.seed)
     for trial in trials:
         _trial_config(config, trial)
+    if num_gpus < 0:
+        raise UserError(f"{num_gpus} is no number of GPUs", where="--num_gpus", remedy="give 1 or more, or leave it out")
     num_ranks = num_gpus or int(os.environ.get("NUM_RANKS", "0")) or max(torch.cuda.device_count(), 1)
     sweep = Sweep(config, base, trials, _metric(config, metric), num_ranks)
-    seconds = _known_seconds(sweep)
-    results = _results(sweep, seconds)
+    spent = _known_spent(sweep)
+    results = _results(sweep, spent)
     if print_commands:
         print("\n".join(shlex.join(_typed(sweep, "train", _own_options(sweep, result.trial))) for result in results if result.state != "completed"))
         if any(not folder.is_dir() for folder in (config.dataset_dir, config.reference_dir)):
             print("note: first make the artefacts that all of them share: kto-ds prepare, kto-ds precompute-ref", file=sys.stderr)
         return
-    _tell_plan(sweep, results, seconds)
+    _tell_plan(sweep, results)
     if dry_run:
         return
     claim_folder(sweep.folder)
     _require_same_base(sweep)
     if any(result.state != "completed" for result in results):
         _make_artifacts(sweep)
-        _run_trials(sweep, seconds)
-    _finish(sweep, _write(sweep, seconds))
+        _run_trials(sweep, spent)
+    _finish(sweep, _write(sweep, spent))
 
 
 # what there is to do
@@ -121,15 +123,15 @@ def _metric(config: RunConfig, wanted: str | None) -> Metric:
     return Metric(split, wanted.removeprefix(f"{split}/"), takes_best=wanted == config.checkpoint.metric_for_best_model)
 
 
-def _results(sweep: Sweep, seconds: dict[str, float]) -> list[Result]:
-    return [read_result(trial, sweep.folder / trial.name, sweep.metric, seconds.get(trial.name)) for trial in sweep.trials]
+def _results(sweep: Sweep, spent: dict[str, Spent]) -> list[Result]:
+    return [read_result(trial, sweep.folder / trial.name, sweep.metric, spent.get(trial.name)) for trial in sweep.trials]
 
 
-def _tell_plan(sweep: Sweep, results: list[Result], seconds: dict[str, float]) -> None:
+def _tell_plan(sweep: Sweep, results: list[Result]) -> None:
     for result in results:
         print(f"{result.trial.name}: {result.state}")
     left = sum(result.state != "completed" for result in results)
-    known = [seconds[result.trial.name] for result in results if result.state == "completed" and result.trial.name in seconds]
+    known = [result.spent.seconds for result in results if result.state == "completed" and result.spent]
     time_left = f", about {duration(left * sum(known) / len(known))} by those that are done" if known and left else ""
     print(f"sweep: {len(results)} trials in {sweep.folder}, {left} to run on {sweep.num_ranks} rank{'s' * (sweep.num_ranks > 1)} each{time_left}; compared by {sweep.metric}", flush=True)
 
@@ -154,8 +156,8 @@ def _read_record(folder: Path) -> dict:
     return found if isinstance(found, dict) and isinstance(found.get("base"), dict) else {}
 
 
-def _known_seconds(sweep: Sweep) -> dict[str, float]:
-    return {entry["trial"]: entry["seconds"] for entry in _read_record(sweep.folder).get("trials", []) if entry["seconds"] is not None}
+def _known_spent(sweep: Sweep) -> dict[str, Spent]:
+    return {entry["trial"]: Spent(entry["seconds"], entry["exit_code"]) for entry in _read_record(sweep.folder).get("trials", []) if entry["seconds"] is not None}
 
 
 # running
@@ -217,25 +219,25 @@ def _require_done(code: int, command: str) -> None:
         raise error
 
 
-def _run_trials(sweep: Sweep, seconds: dict[str, float]) -> None:
+def _run_trials(sweep: Sweep, spent: dict[str, Spent]) -> None:
     """Run what is not completed. A trial that fails is left for the table, and the next one begins."""
     for number, trial in enumerate(sweep.trials, start=1):
         if read_result(trial, sweep.folder / trial.name, sweep.metric, None).state == "completed":
             continue
         print(f"\nsweep: trial {number} of {len(sweep.trials)}: {trial.name}", flush=True)
-        began = time.monotonic()
+        began, before, code = time.monotonic(), spent[trial.name].seconds if trial.name in spent else 0.0, EXIT_PREEMPTED
         try:
             code = _run(sweep, "train", _own_options(sweep, trial), num_ranks=sweep.num_ranks)
         finally:
-            seconds[trial.name] = seconds.get(trial.name, 0.0) + time.monotonic() - began
-            _write(sweep, seconds)
+            spent[trial.name] = Spent(before + time.monotonic() - began, code)
+            _write(sweep, spent)
         if code:
             print(f"sweep: {trial.name} ended with exit code {code}; the sweep goes on", flush=True)
 
 
-def _write(sweep: Sweep, seconds: dict[str, float]) -> list[Result]:
+def _write(sweep: Sweep, spent: dict[str, Spent]) -> list[Result]:
     """Write sweep.json and sweep.csv, and return the results, best first."""
-    results = best_first(_results(sweep, seconds), sweep.metric)
+    results = best_first(_results(sweep, spent), sweep.metric)
     # The config of the first start counts: trials of then are compared with those of now.
     base = _read_record(sweep.folder).get("base") or redact_values(sweep.config.model_dump(mode="json"))
     record = {"metric": str(sweep.metric), "base": base, "trials": [as_json(result) for result in results]}

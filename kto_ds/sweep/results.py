@@ -33,6 +33,13 @@ class Metric(NamedTuple):
         return f"{self.split}/{self.name}"
 
 
+class Spent(NamedTuple):
+    """What the sweep itself saw of a trial."""
+
+    seconds: float  # in all starts
+    exit_code: int  # of the last one
+
+
 class Result(NamedTuple):
     trial: Trial
     folder: Path
@@ -41,10 +48,10 @@ class Result(NamedTuple):
     reason: str
     value: float | None  # of the metric
     metrics: dict[str, float]  # of the same evaluation
-    seconds: float | None  # that the sweep saw it take
+    spent: Spent | None  # None of a trial that was run elsewhere
 
 
-def read_result(trial: Trial, folder: Path, metric: Metric, seconds: float | None) -> Result:
+def read_result(trial: Trial, folder: Path, metric: Metric, spent: Spent | None) -> Result:
     status = _status(folder)
     records = _evaluations(folder, metric)
     chosen: Record = {}
@@ -53,7 +60,10 @@ def read_result(trial: Trial, folder: Path, metric: Metric, seconds: float | Non
         chosen = max(records, key=order) if metric.takes_best else records[-1]
     metrics = {name: chosen[name] for name in SHOWN if name in chosen}
     reason = next(iter(str(status.get("reason") or "").splitlines()), "")
-    return Result(trial, folder, status.get("state", NOT_BEGUN), chosen.get("step", status.get("step")), reason, chosen.get(metric.name), metrics, seconds)
+    state = status.get("state", NOT_BEGUN)
+    if state == NOT_BEGUN and spent and spent.exit_code:  # refused before it had a folder
+        state, reason = "failed", f"exit code {spent.exit_code}"
+    return Result(trial, folder, state, chosen.get("step", status.get("step")), reason, chosen.get(metric.name), metrics, spent)
 
 
 def _status(folder: Path) -> dict:
@@ -92,7 +102,7 @@ def show_results(results: Sequence[Result], metric: Metric) -> None:
         state = result.state if result.state == "completed" or not result.reason else f"{result.state}: {result.reason}"
         table.add_row(
             str(place) if is_ranked(result) else "-", *(as_text(result.trial.settings.get(key, "")) for key in keys), _number(result.value),
-            *(_number(result.metrics.get(name)) for name in others), str(result.step or "-"), "-" if result.seconds is None else f"{result.seconds / 60:.1f}", state,
+            *(_number(result.metrics.get(name)) for name in others), str(result.step or "-"), "-" if result.spent is None else f"{result.spent.seconds / 60:.1f}", state,
         )  # fmt: skip
     Console(width=1000, markup=False, highlight=False).print(table)
 
@@ -102,7 +112,9 @@ def _number(value: float | None) -> str:
 
 
 def as_json(result: Result) -> dict:
-    return {**result._asdict(), "trial": result.trial.name, "settings": result.trial.settings, "folder": str(result.folder)}
+    spent = result.spent._asdict() if result.spent else {"seconds": None, "exit_code": None}
+    values = {name: value for name, value in result._asdict().items() if name not in ("trial", "folder", "spent")}
+    return {"trial": result.trial.name, "settings": result.trial.settings, "folder": str(result.folder), **values, **spent}
 
 
 def as_csv(results: Sequence[Result], metric: Metric) -> str:
@@ -114,5 +126,5 @@ def as_csv(results: Sequence[Result], metric: Metric) -> str:
     for result in results:
         settings = [as_text(result.trial.settings[key]) if key in result.trial.settings else "" for key in keys]
         metrics = [result.metrics.get(name, "") for name in SHOWN]
-        writer.writerow([result.trial.name, *settings, "" if result.value is None else result.value, *metrics, result.step, result.seconds or "", result.state, result.folder])
+        writer.writerow([result.trial.name, *settings, "" if result.value is None else result.value, *metrics, result.step, result.spent.seconds if result.spent else "", result.state, result.folder])
     return stream.getvalue()

@@ -17,7 +17,7 @@ from kto_ds.cli_apart import sweep_options
 from kto_ds.errors import UserError
 from kto_ds.runtime.jobs import run_job
 from kto_ds.sweep.grid import REFUSED, all_trials, choose
-from kto_ds.sweep.results import Metric, as_csv, best_first, read_result
+from kto_ds.sweep.results import Metric, Spent, as_csv, best_first, read_result
 from tests.distributed import ranks
 from tests.distributed.runs import ROOT, environment, write_config
 from tests.distributed.tiny_run import config_of, make_tiny_run
@@ -137,6 +137,8 @@ def test_results_are_ranked_by_the_metric_and_only_when_completed(tmp_path):
     assert [result.trial.name for result in results] == ["beta-0.2", "beta-0.1", "beta-0.3", "beta-0.4", "beta-0.5"]
     assert [(result.state, result.value) for result in results] == [("completed", 0.7), ("completed", 0.6), ("failed", 0.99), ("completed", None), ("not begun", None)]
     assert results[2].reason == "NumericsError: NaN"
+    refused = read_result(trials["beta-0.5"], tmp_path / "beta-0.5", AUC, Spent(1.0, 2))
+    assert (refused.state, refused.reason) == ("failed", "exit code 2")
     assert [result.trial.name for result in ranked(AUC._replace(takes_best=True))][:2] == ["beta-0.1", "beta-0.2"]
     assert [result.trial.name for result in ranked(Metric("eval", "loss", takes_best=False))][:2] == ["beta-0.2", "beta-0.1"]
     rows = list(csv.DictReader(as_csv(results, AUC).splitlines()))
