@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from kto_ds import cli
 from kto_ds.moving.trl_command import Command
@@ -71,7 +70,8 @@ def test_every_command_shown_runs(command, tmp_path, monkeypatch, capsys):
         Path("run.yaml").unlink()
     assert cli.run(words) == 0, capsys.readouterr().err
     if words[0] == "import-trl" and "--out" in words:
-        assert YAML(typ="safe").load(Path("run.yaml").read_text())["batch"]["global_batch_size"] >= 8
+        config, _ = cli.read_config("train", ["--config", "run.yaml"])
+        assert config.batch.global_batch_size == 8 * (4 if "--num_processes" in words else 8)
 
 
 def test_every_option_of_the_sweep_is_explained():
