@@ -18,8 +18,9 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
+from kto_ds.cli_apart import APART, names_runs, page_arguments, sweep_options
 from kto_ds.config import RunConfig
-from kto_ds.config_text import explain, nearest_key, read_yaml, write_yaml
+from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml, write_yaml
 from kto_ds.early import STOPPING, leave, leave_on_signals
 from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 from kto_ds.redaction import redact
@@ -36,9 +37,11 @@ COMMANDS = {
     "chat": "talk to the policy beside the reference, with the reward of each answer",
     "verify": "every digest of the run's artefacts and checkpoints",
     "report": "how a run stands, as text, pictures and a page; kto-ds report RUN [RUN ...] needs no config, and compares runs",
+    "import-trl": "a command or YAML file of TRL's KTO script -> run.yaml, with a word on every option",
+    "sweep": "trials of a run with several values of some keys, compared by a metric; all share one dataset and one reference",
     "demo": "the whole pipeline on a small task that a program can check",
 }
-SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "chat", "verify", "report", "demo")
+SINGLE_PROCESS = ("plan", "prepare", "inspect", "export", "chat", "verify", "report", "sweep", "import-trl", "demo")
 # Options of a command besides those of the config: name -> default, help.
 OWN_OPTIONS = {
     "plan": {
@@ -65,6 +68,9 @@ OWN_OPTIONS = {
     "export": {
         "checkpoint": ("latest", "latest, best (of checkpoint.metric_for_best_model) or step-N"),
         "merge": (False, "of a run with model.lora: write the whole model with the adapters in its weights, to <output_dir>/merged"),
+        "push_to_hub": (None, "then upload the export to this repository of the Hugging Face hub, user/model"),
+        "private": (False, "of --push-to-hub: only you see a repository that is made; so it is without this option too"),
+        "public": (False, "of --push-to-hub: everybody sees it"),
     },
     "chat": {
         "checkpoint": (None, "latest, best (of checkpoint.metric_for_best_model) or step-N, instead of the export"),
@@ -74,7 +80,16 @@ OWN_OPTIONS = {
         "top_p": (0.9, "draw from the likeliest tokens that have this probability together"),
     },
     "report": {"wandb_sync": (False, "upload metrics.jsonl to wandb, as the run of its own that training began, if it did")},
+    "sweep": {
+        "values": (None, "YAML file with a list of values for each key: loss.beta: [0.05, 0.1]; or give them as --loss.beta 0.05,0.1"),
+        "num_trials": (0, "so many of the combinations, chosen by seed; 0: all"),
+        "metric": (None, "what trials are compared by, such as eval/rewards/margins; default: reward AUC of the first evaluation split"),
+        "num_gpus": (0, "ranks of a trial; 0: NUM_RANKS, or one for each visible GPU, or 1"),
+        "dry_run": (False, "list the trials and stop"),
+        "print_commands": (False, "print the command of each unfinished trial, one a line, and stop"),
+    },
 }
+NOT_SWEPT = {"model.lora.target_modules"}  # by the command line, where commas part the entries of one list
 OWN = "own "  # ahead of their names while the config is parsed
 
 
@@ -89,7 +104,7 @@ class _Settings(RunConfig, BaseSettings):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         hint = ""
-        if message.startswith("unrecognized arguments: --") and self.prog != "kto-ds demo":  # which has no config
+        if message.startswith("unrecognized arguments: --") and self.prog.split()[-1] not in APART:
             key = message.removeprefix("unrecognized arguments: --").split()[0].split("=")[0]
             options = [part.split("=")[0] for part in message.split() if part.startswith("--")]
             message = f"unrecognized arguments: {' '.join(options)}"  # without their values, which may be secrets
@@ -192,28 +207,24 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(command: str, options: list[str]) -> None:
-    if command == "demo":
-        parser = _Parser(prog="kto-ds demo", description=COMMANDS["demo"])
-        parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run")
-        parser.add_argument("--num_ranks", type=int, default=2, help="ranks that deepspeed starts")
-        arguments = parser.parse_args(options)
-        load_stage("demo")(arguments.output_dir, num_ranks=arguments.num_ranks)
+    parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command])
+    if command == "report" and names_runs(options):
+        loadload_stage("run_page")(**page_arguments(parser, options))
         return
-    if command == "report" and "--config" not in {option.partition("=")[0] for option in options} and not all(option.startswith("-") for option in options):
-        parser = _Parser(prog="kto-ds report", description=COMMANDS["report"])
-        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.jsonl")
-        parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the first folder")
-        parser.add_argument("--png", type=Path, metavar="FOLDER", help="also draw pictures of every run, into this folder")
-        arguments = parser.parse_args(options)
-        _stage("run_page")(arguments.runs, arguments.out, arguments.png)
+    if command in APART:
+        load_stage(command)(**APART[command](parser, options))
         return
+    more = {}
+    if command == "sweep":
+        sorted_out = sweep_options(options, {name: default for name, (default, _) in OWN_OPTIONS[command].items()}, set(known_keys()) - NOT_SWEPT)
+        options, more = [*sorted_out.base, *sorted_out.own], {"base": sorted_out.base, "listed": sorted_out.values}
     config, given = read_config(command, options)
     if given.print_config:
         write_yaml(config, sys.stdout)
         return
     if command in SINGLE_PROCESS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{command} runs as one process", where="command line", remedy=f"start it as kto-ds {command}, without deepspeed")
-    load_stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})})
+    load_stage(command)(config, **{name: vars(given)[name] for name in OWN_OPTIONS.get(command, {})}, **more)
 
 
 def load_stage(command: str) -> Callable:

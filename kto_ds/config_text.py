@@ -107,11 +107,16 @@ def _looks_like_data(path: Path, text: str) -> str:
 
 
 def write_yaml(config: RunConfig, stream) -> None:
-    """Write every key with its value; the values of secret-looking environment variables are left out."""
+    """Write every key with its value."""
+    dump_values(config.model_dump(mode="json"), stream)
+
+
+def dump_values(values: dict, stream) -> None:
+    """Write a mapping as YAML; the values of secret-looking environment variables are left out."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(redact_values(config.model_dump(mode="json")), stream)
+    yaml.dump(redact_values(values), stream)
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -122,6 +127,17 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
         for kind in get_args(field.annotation) if isinstance(field.annotation, UnionType) else [field.annotation]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str, object]:
+    """Return the values of a dumped config by dotted key; a list or a mapping that a user fills is one value."""
+    found: dict[str, object] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found.update(leaves(field.annotation, values[name], f"{prefix}{name}."))
+        else:
+            found[prefix + name] = values[name]
+    return found
 
 
 def nearest_key(key: str, as_option: bool = False) -> str:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 LEAST_RATIO, LARGEST_RATIO = 1.0, 4 / 3
+TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 
 Weight = float | Literal["auto"]
 

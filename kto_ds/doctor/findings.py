@@ -39,6 +39,11 @@ def worst(name: str, findings: Sequence[Finding], *, otherwise: str) -> Finding:
     return Finding(name, otherwise)
 
 
+def check_settings(advice: Sequence[str]) -> Finding:
+    """Tell the advice on the run's settings, which may cost its result but never stops it."""
+    return Finding("settings", "\n".join(line.removeprefix("advice: ") for line in advice), "warn") if advice else Finding("settings", "as the KTO paper and TRL recommend")
+
+
 def odd_ranks(values: Sequence[Hashable]) -> list[int]:
     """Return the ranks whose value is not that of most ranks; of several values as frequent, that of the lowest rank counts."""
     usual = [value for value, _ in Counter(values).most_common(1)]

@@ -51,6 +51,8 @@ def show_plan(plan: dict) -> None:
     heading(console, "warnings" if plan["warnings"] else "no warnings")
     for warning in plan["warnings"]:
         console.print(Text(f"- {in_one_line(warning)}"), soft_wrap=True)
+    for line in plan["advice"]:
+        console.print(Text(in_one_line(line)), soft_wrap=True)
 
 
 def _work_line(work: dict) -> str:

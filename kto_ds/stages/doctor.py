@@ -21,7 +21,7 @@ from kto_ds.artifacts import canonical_json, digest_of
 from kto_ds.config import ModelConfig, RunConfig
 from kto_ds.doctor import environment, machine, network, services, stack, storage, transfers
 from kto_ds.doctor.facts import Facts, facts_of
-from kto_ds.doctor.findings import Finding, in_words, refuse_what_is_wrong, show, worst, wrong_by
+from kto_ds.doctor.findings import Finding, check_settings, in_words, refuse_what_is_wrong, show, worst, wrong_by
 from kto_ds.errors import KtoError, UserError
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import DTYPES, read_model_config, require_trainable, weight_files
@@ -32,6 +32,7 @@ from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspe
 from kto_ds.runtime.engine import saved_bytes
 from kto_ds.runtime.peers import End
 from kto_ds.runtime.retention import folder_bytes, list_checkpoints
+from kto_ds.stages.advising import advice_lines
 from kto_ds.stages.build import require_served
 from kto_ds.stages.rehearsal import Rehearsal, rehearse
 from kto_ds.stages.serving import require_same_weights
@@ -85,8 +86,7 @@ def main(config: RunConfig, quick: bool = False, timeout_seconds: int = 120) -> 
         _tell([*findings, Finding(error.where, error.what, "wrong", error.remedy)])
     del meeting  # its store had to stay until the process group had one
     limit_waits(config.train.setup_timeout_seconds)
-    findings.append(on_main_rank(lambda: services.check_wandb(config.report.wandb, config.output_dir)))
-    findings = on_main_rank(lambda: findings)  # the disk of another rank may be another one: all go on alike
+    findings = on_main_rank(lambda: [*findings, check_settings(advice_lines(config)), services.check_wandb(config.report.wandb, config.output_dir)])  # all go on alike
     if not quick:
         findings = [*findings, Finding("dry run", NOT_TRIED, "warn") if _wrong(findings) else _dry_run(config, settings, world, findings)]
     _tell(findings, all_have_it=True)

@@ -21,12 +21,21 @@ from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.runtime.collectives import start
 from kto_ds.runtime.restore import Checkpoint, LazyWeight
 from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
+from kto_ds.stages.push import push, require_pushable
 from kto_ds.stages.trained import choose_checkpoint, require_same_config, trained_weights, whole
 from kto_ds.staging import staged_folder
 
 
-def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False) -> None:
-    """`checkpoint` is latest, best or step-N. With `merge` the adapters of LoRA go into the weights they were trained on."""
+def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False, push_to_hub: str | None = None, private: bool = False, public: bool = False) -> None:
+    """`checkpoint` is latest, best or step-N. With `merge` the adapters of LoRA go into the weights they were trained on. `push_to_hub` names a repository for the whole export."""
+    require_pushable(push_to_hub, private=private, public=public)
+    target = _export(config, checkpoint, merge)
+    if push_to_hub is not None:
+        print(f"pushed to {push(target, push_to_hub, public=public)}, which is {'public' if public else 'private'}", flush=True)
+
+
+def _export(config: RunConfig, checkpoint: str, merge: bool) -> Path:
+    """Write the export and return its folder."""
     model_config = read_model_config(config.model)
     if config.model.lora is not None:
         require_peft("model.lora")
@@ -52,7 +61,8 @@ def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False) -> 
         for path in folder.iterdir():
             path.chmod(card.stat().st_mode)
     size, seconds = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 1e9, time.monotonic() - began
-    print(f"exported step {chosen.step} to {target}: {size:,.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
+    print(f"exported step {chosen.step} to {target}: {size:,.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s", flush=True)
+    return target
 
 
 def _write_whole(folder: Path, config: RunConfig, model_config: PretrainedConfig, weights: dict[str, LazyWeight]) -> None:
@@ -97,15 +107,16 @@ def _model_card(config: RunConfig, loss: LossConfig, checkpoint: Checkpoint, *, 
     metrics = "\n".join(f"| {split} | {name} | {value:.5g} |" for split, record in _last_records(config, checkpoint.step).items() for name, value in record.items() if isinstance(value, (int, float)))
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     optim = OptimConfig.model_validate(checkpoint.manifest["config"]["optim"])
+    # The hub takes only names of its own there, and where a folder lies is nobody else's business.
+    base = f"base_model: {json.dumps(config.model.path)}\n" if not Path(config.model.path).exists() else ""
     return f"""---
-base_model: {json.dumps(config.model.path)}
-library_name: {"peft" if is_adapter else "transformers"}
+{base}library_name: {"peft" if is_adapter else "transformers"}
 tags: [kto, kto_ds]
 ---
 
 # {Path(config.output_dir).name}
 
-{config.model.path}, aligned with thumbs-up / thumbs-down data by [KTO](https://arxiv.org/abs/2402.01306) with kto_ds.
+{_model_name(config.model.path)}, aligned with thumbs-up / thumbs-down data by [KTO](https://arxiv.org/abs/2402.01306) with kto_ds.
 
 ## Data
 
@@ -117,7 +128,7 @@ tags: [kto, kto_ds]
 
 Step {checkpoint.step}; loss `{loss.loss_type}`, beta {loss.beta:g}, weights {weights_line(loss)};
 AdamW, learning rate {optim.learning_rate:g} ({optim.lr_scheduler_type}), {config.batch.global_batch_size} examples a step, {config.model.dtype}, seed {config.seed}.
-Reference: {excerpt(config.reference.path or config.model.path)}. Made with {versions}.
+Reference: {excerpt(_model_name(config.reference.path or config.model.path))}. Made with {versions}.
 
 ## Final metrics
 
@@ -125,6 +136,10 @@ Reference: {excerpt(config.reference.path or config.model.path)}. Made with {ver
 |---|---|---|
 {metrics}
 """
+
+
+def _model_name(path: str) -> str:
+    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def _data_line(config: RunConfig) -> str:

@@ -25,6 +25,7 @@ from kto_ds.model.support import DTYPES, choose_layout, find_model_config, longe
 from kto_ds.report.plan_view import plot_plan, show_plan
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config
 from kto_ds.runtime.zero_keys import require_world
+from kto_ds.stages.advising import advice_lines
 from kto_ds.stages.identity import run_tokenizer
 from kto_ds.stages.inputs import read_dataset_manifest
 from kto_ds.stages.step_work import StepPlanner
@@ -100,6 +101,7 @@ def make_plan(config: RunConfig, kind: str, counts: tuple[int, ...]) -> dict:
         "gpus": entries,
         "disk": _disk(config, sizes, work, read_zero(raw)),
         "warnings": [*unsuitable, *_warnings(config, model_config, sizes, gpu, work, entries)],
+        "advice": advice_lines(config),
     }  # fmt: skip
 
 

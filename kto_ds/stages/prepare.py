@@ -14,7 +14,7 @@ from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import LossConfig, RunConfig
 from kto_ds.config_data import HELD_OUT, DataConfig, SourceConfig
 from kto_ds.data.assemble import Grouping, Rows, SplitIndex, hold_out, index_split, read_index, repeat_by_weight, save_split
-from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, recommended_weights, weight_ratio
+from kto_ds.data.balance import LARGEST_RATIO, LEAST_RATIO, TOLERANCE, recommended_weights, weight_ratio
 from kto_ds.data.ingest import Problem, SourceFile, Summary, check_rows, refuse_bad_rows, rejected_rows, summarize, tokenize_rows
 from kto_ds.data.segments import Limits
 from kto_ds.data.dataset import REPORT
@@ -30,7 +30,6 @@ from kto_ds.runtime.signals import interruptible
 from kto_ds.stages.identity import assembly_identity, library_versions, run_tokenizer, source_files, tokenization_identity
 from kto_ds.staging import can_resume, claim_folder, require_own_place, resumable_folder
 
-TOLERANCE = 1.1  # nothing is said of labels that are as good as balanced
 HELD_OUT_SPLIT = f"eval/{HELD_OUT}"
 SEGMENTS = "segments"  # in the unfinished artefact
 REJECTED = "rejected_rows.jsonl"

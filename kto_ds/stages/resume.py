@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kto_ds.artifacts import require_match
 from kto_ds.config import RunConfig
+from kto_ds.config_text import leaves
 from kto_ds.data.batch_plan import BatchPlan
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.errors import UserError, excerpt
@@ -52,17 +53,6 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.key}: was {excerpt(self.was)}, now {excerpt(self.now)}"
-
-
-def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str, object]:
-    """Return the values of a dumped config by dotted key; a list or a mapping that a user fills is one value."""
-    found: dict[str, object] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.update(leaves(field.annotation, values[name], f"{prefix}{name}."))
-        else:
-            found[prefix + name] = values[name]
-    return found
 
 
 def changes(saved: dict, now: dict) -> list[Change]:

@@ -22,6 +22,7 @@ from kto_ds.runtime.guard import GO_ON, guarded, preempted, reason_to_stop, stac
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
+from kto_ds.stages.advising import advice_lines
 from kto_ds.stages.build import build_engine, open_inputs, plan_steps, require_served
 from kto_ds.stages.identity import weights_line
 from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
@@ -181,6 +182,7 @@ def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
     if (serving.backend, serving.kernels) != inputs.reference_way:
         theirs, ours = " and ".join(inputs.reference_way), f"{serving.backend} and {serving.kernels}"
         print(f"notice: the reference was scored with {theirs} kernels, the policy runs with {ours}: rewards begin with the rounding between them", flush=True)
+    print("".join(f"{line}\n" for line in advice_lines(config)), end="", flush=True)
     if inputs.loss != config.loss:
         print(f"automatic weights: {weights_line(inputs.loss)}", flush=True)
     run_config = config.model_copy(update={"loss": inputs.loss}).model_dump(mode="json")
