@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from kto_ds.report import wandb_process
-from kto_ds.report.wandb_upload import named
+from kto_ds.report.wandb_follow import named
 from kto_ds.stages import train
 from tests.distributed import ranks
 from tests.distributed.tiny_run import config_of

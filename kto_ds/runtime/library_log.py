@@ -1,0 +1,104 @@
+"""What libraries say of themselves goes to a file of each rank: logging, warnings, and what C++ writes to the descriptor of stderr. The console is for the run.
+
+Nothing is lost by it: the file is named at the start and with an error, and a signal that kills the process still leaves its stacks on the console.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from transformers.utils.logging import set_tqdm_hook
+
+from kto_ds.errors import KtoError
+from kto_ds.redaction import redact
+
+STDERR = 2
+
+
+@contextmanager
+def library_log(folder: Path, rank: int) -> Iterator[TextIO]:
+    """Collect in <folder>/rank<rank>.log, inside the block, what libraries say; yield the open file."""
+    path = folder / f"rank{rank}.log"
+    with open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as log:
+        log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {redact(' '.join(sys.argv))}\n")
+        try:
+            with _logging_to(log), _descriptor_to(log), _without_bars():
+                yield log
+        except Exception as error:
+            if not isinstance(error, KtoError):  # which says by itself what is wrong
+                error.add_note(f"what the libraries said is in {path}")
+            raise
+
+
+@contextmanager
+def _logging_to(log: TextIO) -> Iterator[None]:
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_redacted)
+    # Some libraries keep a handler of their own, which never reaches the root.
+    own = [handler for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger) for handler in logger.handlers if _speaks_to_console(handler)]
+    before = [(one, one.setStream(log)) for one in own]
+    logging.root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.root.removeHandler(handler)
+        for one, stream in before:
+            one.setStream(stream)
+
+
+def _redacted(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), None
+    return True
+
+
+def _speaks_to_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and descriptor_of(handler.stream) in (1, STDERR)
+
+
+def descriptor_of(stream: TextIO | None) -> int | None:
+    """Return the descriptor that a stream writes to; None where it has none, such as under a test that captures it."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):  # no stream at all, one in memory, a closed one
+        return None
+
+
+@contextmanager
+def _descriptor_to(log: TextIO) -> Iterator[None]:
+    """Let descriptor 2 be the log, and sys.stderr what it was: our own words."""
+    stderr, console = sys.stderr, os.dup(STDERR)
+    is_own = descriptor_of(stderr) == STDERR
+    if is_own:
+        stderr.flush()
+        sys.stderr = open(console, "w", buffering=1, encoding=stderr.encoding, errors="backslashreplace", closefd=False)
+    has_faulthandler = faulthandler.is_enabled()
+    if not has_faulthandler:
+        faulthandler.enable(console)
+    os.dup2(log.fileno(), STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(console, STDERR)
+        if not has_faulthandler:
+            faulthandler.disable()
+        sys.stderr = stderr
+        os.close(console)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the bars of transformers off the console; a download has its own."""
+    before = set_tqdm_hook(lambda factory, arguments, named: factory(*arguments, **{**named, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
