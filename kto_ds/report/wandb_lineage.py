@@ -9,6 +9,7 @@ import wandb
 from kto_ds.artifacts import MANIFEST, digest_of
 from kto_ds.redaction import redact
 
+SCHEME = "kto-ds"  # of an address that wandb only notes
 NAME_DIGITS = 12  # of a digest
 
 
@@ -59,5 +60,6 @@ def log(run: wandb.Run, piece: Piece) -> None:
 def _artifact(piece: Piece, name: str) -> wandb.Artifact:
     folder = redact(str(piece.folder.resolve()))
     artifact = wandb.Artifact(name, type="model" if piece.kind in ("checkpoint", "export") else piece.kind, metadata={"folder": folder, "digest": piece.digest, **piece.facts})
-    artifact.add_reference(Path(folder).as_uri(), name=piece.digest, checksum=False)  # the name makes another content another version
+    # Of a file:// address wandb would read every byte. The name makes another content another version.
+    artifact.add_reference(f"{SCHEME}://{folder}", name=piece.digest)
     return artifact

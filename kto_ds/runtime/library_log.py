@@ -41,18 +41,19 @@ def _logging_to(log: TextIO) -> Iterator[None]:
     handler = logging.StreamHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_redacted)
-    # Some libraries keep a handler of their own, which never reaches the root.
-    own = [handler for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger) for handler in logger.handlers if _speaks_to_console(handler)]
-    before = [(one, one.setStream(log)) for one in own]
-    logging.root.addHandler(handler)
+    loggers = [logging.root, *(logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
+    before = [(logger, logger.handlers) for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [one for one in logger.handlers if not _speaks_to_console(one)]
+        if logger is logging.root or not logger.propagate:  # such as that of DeepSpeed, which has a handler of its own
+            logger.handlers.append(handler)
     logging.captureWarnings(True)
     try:
         yield
     finally:
         logging.captureWarnings(False)
-        logging.root.removeHandler(handler)
-        for one, stream in before:
-            one.setStream(stream)
+        for logger, handlers in before:
+            logger.handlers = handlers
 
 
 def _redacted(record: logging.LogRecord) -> bool:
