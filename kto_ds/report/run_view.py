@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
     """Memory of one rank at the highest moment of a step, by the formula of kto-ds plan."""
 
     num_bytes: int
-    available_bytes: int | None  # None where the device is the host
+    available_bytes: int
 
 
 class Opening(NamedTuple):
@@ -41,7 +41,7 @@ class Opening(NamedTuple):
     micro_batch_tokens: int
     scoring_tokens: int
     checkpointing: str
-    estimate: Estimate
+    estimate: Estimate | None  # none where the device is the host, which lends memory that is never touched
     output_dir: Path
     log_folder: Path
     weights: str = ""  # of the labels, where they are automatic
@@ -57,8 +57,7 @@ def opening_title(opening: Opening) -> str:
 def opening_rows(opening: Opening) -> list[Row]:
     trainable = "" if opening.num_trainable == opening.num_parameters else f", {opening.num_trainable:,} of them trained"
     shared = f", each shared by {opening.ranks_of_a_row} ranks that take so many" if opening.ranks_of_a_row > 1 else ""
-    estimate = opening.estimate
-    of_device = "" if estimate.available_bytes is None else f" of {estimate.available_bytes / GIB:.1f}"
+    memory = opening.estimate and f"about {opening.estimate.num_bytes / GIB:.1f} of {opening.estimate.available_bytes / GIB:.1f} GiB a rank at the highest moment of a step"
     rows = [
         ("model", opening.model),
         ("", f"{opening.num_parameters:,} parameters{trainable}, {opening.dtype}"),
@@ -66,7 +65,7 @@ def opening_rows(opening: Opening) -> list[Row]:
         ("ranks", f"{opening.num_ranks}, ZeRO {opening.zero_stage} ({opening.deepspeed_config})"),
         ("batches", f"micro-batches of {opening.micro_batch_tokens:,} tokens, {opening.scoring_tokens:,} without gradients{shared}"),
         ("compute", f"{opening.way}; {opening.checkpointing}"),
-        ("memory", f"about {estimate.num_bytes / GIB:.1f}{of_device} GiB a rank at the highest moment of a step"),
+        ("memory", memory),
         ("weights", opening.weights),
         ("experts", opening.aux_loss),
         ("files", f"{opening.output_dir}; what libraries say: {opening.log_folder}"),

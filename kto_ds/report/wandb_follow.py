@@ -43,10 +43,10 @@ def follow(run: wandb.Run, folder: Path, ended: threading.Event, *, watch_from: 
                         alert(run, wandb_alerts.of_record(record))
                 done += 1
             if done > present:  # a table joins the row that was logged last: with a step of its own it would take that of a line
-                for split, samples in samples_by_split(folder / SAMPLES_FILE).items():
-                    if samples[-1]["step"] > tables_until.get(split, known_until):
-                        run.log({f"{split}/samples": _table(samples)}, step=done - 1)
-                        tables_until[split] = samples[-1]["step"]
+                samples = {split: found for split, found in samples_by_split(folder / SAMPLES_FILE).items() if found[-1]["step"] > tables_until.get(split, known_until)}
+                if samples:
+                    run.log({f"{split}/samples": _table(found) for split, found in samples.items()}, step=done - 1)
+                tables_until |= {split: found[-1]["step"] for split, found in samples.items()}
             if watch_from is not None:
                 alert(run, ranks.look(time.time()))
     return done

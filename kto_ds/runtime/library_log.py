@@ -7,9 +7,11 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -23,17 +25,21 @@ STDERR = 2
 
 @contextmanager
 def library_log(folder: Path, rank: int) -> Iterator[TextIO]:
-    """Collect in <folder>/rank<rank>.log, inside the block, what libraries say; yield the open file."""
+    """Collect in <folder>/rank<rank>.log, inside the block, what libraries say; yield the open file. A disk that is full takes words, and nothing else."""
     path = folder / f"rank{rank}.log"
-    with open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as log:
-        log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {redact(' '.join(sys.argv))}\n")
-        try:
-            with _logging_to(log), _descriptor_to(log), _without_bars():
-                yield log
-        except Exception as error:
-            if not isinstance(error, KtoError):  # which says by itself what is wrong
-                error.add_note(f"what the libraries said is in {path}")
-            raise
+    log = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    try:
+        with suppress(OSError):
+            log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {redact(' '.join(sys.argv))}\n")
+        with _logging_to(log), _threads_to(log), _descriptor_to(log), _without_bars():
+            yield log
+    except Exception as error:
+        if not isinstance(error, KtoError):  # which says by itself what is wrong
+            error.add_note(f"what the libraries said is in {path}")
+        raise
+    finally:
+        with suppress(OSError):
+            log.close()
 
 
 @contextmanager
@@ -41,6 +47,7 @@ def _logging_to(log: TextIO) -> Iterator[None]:
     handler = logging.StreamHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_redacted)
+    handler.handleError = lambda record: None  # else it would speak to the console of a disk that is full
     loggers = [logging.root, *(logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
     before = [(logger, logger.handlers) for logger in loggers]
     for logger in loggers:
@@ -71,6 +78,25 @@ def descriptor_of(stream: TextIO | None) -> int | None:
         return stream.fileno()
     except (AttributeError, OSError, ValueError):  # no stream at all, one in memory, a closed one
         return None
+
+
+@contextmanager
+def _threads_to(log: TextIO) -> Iterator[None]:
+    """Let a library's own kind of thread end with its traceback in the log; whoever uses the library hears of it in another way."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        if type(ended.thread) in (threading.Thread, threading.Timer):
+            before(ended)
+        else:
+            with suppress(OSError):
+                log.write(redact("".join(traceback.format_exception(ended.exc_value))))
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

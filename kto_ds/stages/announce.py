@@ -37,7 +37,7 @@ def announce(
         num_epochs=inputs.plan.epoch_after(inputs.plan.num_steps), done_steps=done_steps, num_steps=inputs.plan.num_steps,
         num_ranks=world.num_ranks, ranks_of_a_row=config.batch.sequence_parallel_size, zero_stage=zero_stage(deepspeed_config), deepspeed_config=config.deepspeed.config,
         way=serving.way, micro_batch_tokens=config.batch.max_tokens_per_microbatch, scoring_tokens=config.batch.scoring_tokens, checkpointing=in_words(config.model),
-        estimate=_estimate(config, held, serving, deepspeed_config, world), output_dir=config.output_dir, log_folder=logs_folder(config.output_dir, "train"),
+        estimate=_estimate(config, held, serving, deepspeed_config, world) if world.device.type == "cuda" else None, output_dir=config.output_dir, log_folder=logs_folder(config.output_dir, "train"),
         weights=f"automatic: {weights_line(inputs.loss)}" if inputs.loss != config.loss else "",
         aux_loss=f"load-balancing loss with coefficient {aux_coef:g}, from {origin}" if aux_coef is not None else "",
     )  # fmt: skip
@@ -51,14 +51,13 @@ def announce(
 
 def _estimate(config: RunConfig, held: ModelSizes, serving: Serving, deepspeed_config: dict, world: World) -> Estimate:
     """Return the memory of full micro-batches of which half is scored; `held` are the sizes as memory sees them."""
-    model, batch, on_cuda = config.model, config.batch, world.device.type == "cuda"
+    model, batch = config.model, config.batch
     load = Load(
         tokens=batch.max_tokens_per_microbatch, scored_tokens=batch.max_tokens_per_microbatch // 2, scoring_tokens=batch.scoring_tokens,
         weight_bytes=DTYPES[model.dtype].itemsize, checkpoint_every=model.gradient_checkpointing_every if model.gradient_checkpointing else 0,
-        offloads_checkpoints=model.gradient_checkpointing_offload, kernels=serving.kernels, device=world.device.type,
+        offloads_checkpoints=model.gradient_checkpointing_offload, kernels=serving.kernels,
     )  # fmt: skip
-    memory = peak_memory(held, read_zero(deepspeed_config), load, world.num_ranks).memory
-    return Estimate(sum(memory), total_memory(world.device)) if on_cuda else Estimate(memory.allocated, None)
+    return Estimate(sum(peak_memory(held, read_zero(deepspeed_config), load, world.num_ranks).memory), total_memory(world.device))
 
 
 def conclude(config: RunConfig, laps: Sequence[Lap], peaks_gib: list[float], world: World, *, num_steps: int, best_step: int | None, seconds: float) -> None:

@@ -56,8 +56,8 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
             on_main_rank(lambda: _write_config(config))
         if profile:
             on_main_rank(lambda: make_room(config.output_dir))
-        if world.is_main:
-            announce(config, model_config, serving, deepspeed_config, inputs, world, aux_coef=aux_coef, done_steps=checkpoint.step if checkpoint else 0)
+        done = checkpoint.step if checkpoint else 0
+        on_main_rank(lambda: announce(config, model_config, serving, deepspeed_config, inputs, world, aux_coef=aux_coef, done_steps=done))
         engine, shape = build_engine(config, model_config, serving, deepspeed_config, inputs, world)
         limit_waits(seconds)  # of the groups that DeepSpeed has made
         run = Run(config, world, inputs, engine, plan_steps(config, inputs, serving, world, shape, aux_coef), watch, wall_time, aux_coef)

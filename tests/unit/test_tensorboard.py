@@ -10,6 +10,7 @@ from kto_ds.errors import UserError
 from kto_ds.report.sinks import open_sinks
 from kto_ds.report.tensorboard import TensorBoard, require_tensorboard
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the writer's thread, where a disk is full
 ON = ReportConfig(tensorboard=True)
 
 
