@@ -57,7 +57,9 @@ def opening_title(opening: Opening) -> str:
 def opening_rows(opening: Opening) -> list[Row]:
     trainable = "" if opening.num_trainable == opening.num_parameters else f", {opening.num_trainable:,} of them trained"
     shared = f", each shared by {opening.ranks_of_a_row} ranks that take so many" if opening.ranks_of_a_row > 1 else ""
-    memory = opening.estimate and f"about {opening.estimate.num_bytes / GIB:.1f} of {opening.estimate.available_bytes / GIB:.1f} GiB a rank at the highest moment of a step"
+    memory = ""
+    if opening.estimate:
+        memory = f"about {opening.estimate.num_bytes / GIB:.1f} of {opening.estimate.available_bytes / GIB:.1f} GiB a rank at the highest moment of a step"
     rows = [
         ("model", opening.model),
         ("", f"{opening.num_parameters:,} parameters{trainable}, {opening.dtype}"),

@@ -76,6 +76,16 @@ def test_without_a_terminal_a_record_is_one_plain_line(monkeypatch):
     assert evaluation == "eval  step 12/300  loss 0.5000  kl 0.1  auc 0.750"
 
 
+def test_the_page_shows_the_lines_that_scripts_read():
+    stream = io.StringIO()
+    console = Console(300, stream=stream)
+    console.log(train_record(12, learning_rate=2e-4, grad_norm=1.2345, tokens_per_second=5812.4, mfu=0.412))
+    console.log({**eval_record(12), "epoch": 0.24, "rewards/margins": 0.2})
+    train, evaluation = stream.getvalue().splitlines()
+    page = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8").splitlines()
+    assert evaluation in page and any(line.startswith(train.split("eta")[0] + "eta ") for line in page)
+
+
 @pytest.mark.parametrize("columns", [20, 40, 60, 120])
 def test_a_terminal_gets_a_bar_of_its_width_and_other_lines_above_it(columns):
     written = on_terminal(a_run, columns)

@@ -2,10 +2,11 @@
 
 import json
 import os
-import time
+import re
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import ReportConfig, WandbConfig
@@ -95,6 +96,12 @@ def test_online_without_a_server_goes_offline_in_half_a_minute(tmp_path, no_cred
     told = wandb_run(tmp_path, "online", [train_record(1)])
     assert len(told) == 1 and told[0].startswith("warning: wandb goes offline")
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_page_shows_settings_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
+    wandb, tensorboard = [ReportConfig.model_validate(YAML(typ="safe").load(block)["report"]) for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]
+    assert wandb.wandb.mode == "online" and tensorboard.tensorboard
 
 
 # what a run of it holds
