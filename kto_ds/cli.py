@@ -209,7 +209,7 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
 def _run(command: str, options: list[str]) -> None:
     parser = _Parser(prog=f"kto-ds {command}", description=COMMANDS[command])
     if command == "report" and names_runs(options):
-        loadload_stage("run_page")(**page_arguments(parser, options))
+        load_stage("run_page")(**page_arguments(parser, options))
         return
     if command in APART:
         load_stage(command)(**APART[command](parser, options))

@@ -194,6 +194,7 @@ class WandbConfig(Section):
 class ReportConfig(Section):
     logging_steps: Count = Field(1, description="log means over this many steps; an evaluation or a save has a line of its own besides")
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, to <output_dir>/tensorboard (pip install 'kto-ds[tensorboard]')")
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:

@@ -67,15 +67,15 @@ HAND_OVERS = {
 }
 # A stage is one sub-command; these files hold what several of them share.
 SHARED_BY_STAGES = {
-    "stages.advising", "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress", "stages.push",
-    "stages.rehearsal", "stages.resume", "stages.run", "stages.run_page", "stages.samples", "stages.serving", "stages.step_work", "stages.trained",
+    "stages.advising", "stages.announce", "stages.balance", "stages.build", "stages.identity", "stages.inputs", "stages.numerics", "stages.objective", "stages.progress",
+    "stages.push", "stages.rehearsal", "stages.resume", "stages.run", "stages.run_page", "stages.samples", "stages.serving", "stages.step_work", "stages.trained",
 }  # fmt: skip
 
 FENCES = {
     "deepspeed": ("kto_ds/runtime/", "kto_ds/model/load.py"),
     "torch.distributed": ("kto_ds/runtime/collectives.py", "kto_ds/runtime/probes.py"),
     "peft": ("kto_ds/model/lora.py",),
-    "wandb": ("kto_ds/report/wandb_upload.py",),
+    "wandb": ("kto_ds/report/wandb_",),
     "ruamel": ("kto_ds/config_text.py",),
     "argparse": ("kto_ds/cli.py", "kto_ds/cli_apart.py"),
     "pickle": (),

@@ -1,15 +1,17 @@
-"""Where the numbers of a run go: metrics.jsonl is the record, the console and wandb are views of it.
+"""Where the numbers of a run go: metrics.jsonl is the record, the console, TensorBoard and wandb are views of it.
 
 Rank 0 calls `open_sinks`; the other ranks hold `Sinks([])`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from kto_ds.config import WandbConfig
+from kto_ds.config import ReportConfig
 from kto_ds.report.console import Console
-from kto_ds.report.metrics_file import METRICS_FILE, MetricsFile, Record
+from kto_ds.report.metrics_file import METRICS_FILE, MetricsFile, Record, read_records
+from kto_ds.report.tensorboard import FOLDER, TensorBoard
 from kto_ds.report.wandb_process import CLOSE_SECONDS, WandbProcess, forget_run, wandb_order
 
 
@@ -33,21 +35,30 @@ class Sinks:
         """Close all. An error is not kept waiting for wandb: other ranks may have it too, and would tell it if rank 0 did not."""
         for sink in self._sinks:
             if isinstance(sink, WandbProcess):
-                sink.close(CLOSE_SECONDS if error is None else 0)
+                sink.close(CLOSE_SECONDS if error is None else 0, is_good=error is None)
             else:
                 sink.close()
 
 
-def open_sinks(*, output_dir: Path, total_steps: int, done_steps: int, wandb: WandbConfig, run_config: dict) -> Sinks:
-    """Open all sinks of a run that has `done_steps` behind it: 0 starts the record anew, else what was logged after them is dropped."""
+def open_sinks(
+    *, output_dir: Path, total_steps: int, done_steps: int, report: ReportConfig, run_config: dict, sources: Mapping[str, Path] = {}, stall_seconds: float = math.inf
+) -> Sinks:
+    """Open all sinks of a run that has `done_steps` behind it: 0 starts the record anew, else what was logged after them is dropped.
+
+    `sources`: the folders of the artefacts it is made from, by kind. wandb raises an alert after `stall_seconds` without progress.
+    """
     metrics = MetricsFile(output_dir / METRICS_FILE)
     num_dropped = metrics.drop_after(done_steps or -1)
     if num_dropped or not done_steps:
         forget_run(output_dir)  # wandb keeps what it got: the record goes, as it is now, to a run of its own
     console = Console(total_steps, done_steps)
     sinks: list[Sink] = [metrics, console]
-    if wandb.mode != "disabled":
-        order = wandb_order(wandb, wandb.mode, output_dir=output_dir, run_config=run_config)
+    if report.tensorboard:
+        sinks.append(TensorBoard(output_dir / FOLDER, done_steps=done_steps, known=read_records(output_dir / METRICS_FILE), tell=console.tell))
+    if report.wandb.mode != "disabled":
+        order = wandb_order(
+            report.wandb, report.wandb.mode, output_dir=output_dir, run_config=run_config, sources=sources, watch_from=done_steps, stall_seconds=stall_seconds
+        )
         # Last to be opened and closed: it reads what the first has written.
         sinks.append(WandbProcess(order, tell=console.tell))
     return Sinks(sinks)

@@ -119,12 +119,14 @@ def sum_of_laps(laps: list[Lap]) -> Lap:
     return Lap({phase: sum(lap.seconds_of[phase] for lap in laps) for phase in PHASES}, work)
 
 
-def summary(lap: Lap, peaks_gib: list[float], *, peak_flops: float | None) -> str:
-    """Return the lines that end a run: speed, memory at its peak on every rank, and where the time went."""
+def speed_rows(lap: Lap, peaks_gib: list[float], *, peak_flops: float | None) -> list[tuple[str, str]]:
+    """Return what a run says at its end, by label: speed, memory at its peak on every rank, and where the time went."""
     speed = speed_metrics(lap, num_steps=1, num_ranks=len(peaks_gib), peak_flops=peak_flops)
-    shares = ", ".join(f"{phase} {lap.seconds_of[phase] / lap.seconds:.0%}" for phase in PHASES)
-    lowest, highest = min(peaks_gib), max(peaks_gib)
     rate = f", {speed['tflops']:.3g} TFLOP/s a rank" if "tflops" in speed else ""
     used = f", MFU {speed['mfu']:.1%}, HFU {speed['hfu']:.1%}" if "mfu" in speed else ""
-    memory = f"{highest:.2f} GiB at the peak" if len(peaks_gib) == 1 else f"{lowest:.2f} to {highest:.2f} GiB at the peak on each rank"
-    return f"since this start {lap.work.tokens:,} tokens in {lap.seconds:,.1f} s: {speed['tokens_per_second']:,.0f} tokens/s{rate}{used}; {memory}; {shares}"
+    lowest, highest = min(peaks_gib), max(peaks_gib)
+    return [
+        ("speed", f"{speed['tokens_per_second']:,.0f} tokens/s since this start ({lap.work.tokens:,} tokens in {lap.seconds:,.1f} s){rate}{used}"),
+        ("time", ", ".join(f"{phase} {lap.per_second(seconds):.0%}" for phase, seconds in lap.seconds_of.items())),
+        ("memory", f"{highest:.2f} GiB at the peak" if len(peaks_gib) == 1 else f"{lowest:.2f} to {highest:.2f} GiB at the peak on each rank"),
+    ]

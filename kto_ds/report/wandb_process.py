@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import kto_ds
@@ -16,16 +17,21 @@ from kto_ds.report.metrics_file import Record
 
 CLOSE_SECONDS = 10  # that the end of training waits for wandb
 FINISH_SECONDS = 60  # that the process is left with after that
+GOOD_END = b"done\n"
 PROGRAM = "kto_ds.report.wandb_upload"
 
 
-def wandb_order(settings: WandbConfig, mode: str, *, output_dir: Path, run_config: dict, finish_seconds: float = FINISH_SECONDS, goes_offline: bool = True) -> dict:
+def wandb_order(
+    settings: WandbConfig, mode: str, *, output_dir: Path, run_config: dict, sources: Mapping[str, Path] = {}, watch_from: int | None = None,
+    stall_seconds: float = math.inf, export: Path | None = None, finish_seconds: float = FINISH_SECONDS, goes_offline: bool = True,
+) -> dict:  # fmt: skip
     """Return what the process is told; see Order there. The wandb run of the record goes on, if it has one."""
     id_file = _id_file(output_dir)
     run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else secrets.token_hex(4)
     return {
         **{"mode": mode, "project": redact(settings.project), "name": redact(settings.name or output_dir.resolve().name), "run_id": run_id},
         **{"output_dir": str(output_dir), "run_config": redact_values(run_config), "goes_offline": goes_offline, "finish_seconds": finish_seconds},
+        **{"sources": {kind: str(folder) for kind, folder in sources.items()}, "watch_from": watch_from, "stall_seconds": stall_seconds, "export": str(export or "")},
     }
 
 
@@ -33,6 +39,11 @@ def forget_run(output_dir: Path) -> None:
     """Let the next order be for a new wandb run."""
     with contextlib.suppress(OSError):  # such as of a file in the place of the folder; training goes on without wandb
         _id_file(output_dir).unlink()
+
+
+def has_run(output_dir: Path) -> bool:
+    """Tell whether the record has a wandb run."""
+    return _id_file(output_dir).is_file()
 
 
 def _id_file(output_dir: Path) -> Path:
@@ -61,11 +72,13 @@ class WandbProcess:
         """Pass on what the process has said; it reads the record from metrics.jsonl by itself."""
         self._relay()
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> bool:
-        """Tell the process that training has ended and wait for it, so many seconds at most; return whether all records have arrived."""
+    def close(self, seconds: float = CLOSE_SECONDS, *, is_good: bool = True) -> bool:
+        """Tell the process that training has ended, and whether well, and wait for it, so many seconds at most; return whether all records have arrived."""
         if self._process is None:
             return False
         with contextlib.suppress(OSError):  # the process is gone, and has not read its order
+            self._process.stdin.write(GOOD_END if is_good else b"")
+        with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
             exit_code = self._process.wait(seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 from kto_ds.errors import Preempted
 from kto_ds.runtime import peers
 from kto_ds.runtime.collectives import World, gather_objects, on_main_rank
+from kto_ds.runtime.library_log import library_log
 from kto_ds.runtime.peers import End
 from kto_ds.runtime.signals import listening
 from kto_ds.runtime.watch import Watch
@@ -21,6 +22,11 @@ def stacks_folder(output_dir: Path, command: str) -> Path:
     return output_dir / "stacks" / ("" if command == "train" else command)
 
 
+def logs_folder(output_dir: Path, command: str) -> Path:
+    """Where what the libraries say during a command goes, likewise."""
+    return output_dir / "logs" / ("" if command == "train" else command)
+
+
 def nothing_more(end: End) -> None:
     """A command without a status has said all there is in its message."""
 
@@ -28,18 +34,19 @@ def nothing_more(end: End) -> None:
 @contextmanager
 def guarded(world: World, output_dir: Path, command: str, *, seconds: float, on_end: Callable[[End], object] = nothing_more) -> Iterator[Watch]:
     """Watch over the block on all ranks, `seconds` without progress at first; `on_end` is called where the block is not left, but ended from outside."""
-    stacks, ranks = stacks_folder(output_dir, command), output_dir / "ranks" / ("" if command == "train" else command)
+    stacks, logs, ranks = stacks_folder(output_dir, command), logs_folder(output_dir, command), output_dir / "ranks" / ("" if command == "train" else command)
 
     def make_folders() -> None:
         with writing_to(output_dir):
             peers.clear(ranks)
-            stacks.mkdir(parents=True, exist_ok=True)
+            for folder in (stacks, logs):
+                folder.mkdir(parents=True, exist_ok=True)
 
     on_main_rank(make_folders)
     found = gather_objects((peers.this_process(world.rank), secrets.token_hex(4)))
     run, token = [peer for peer, _ in found], found[0][1]
-    watch = Watch(ranks, stacks, run, world.rank, token=token, seconds=seconds, on_end=on_end)
-    with listening(watch.hear), watch.watching():
+    watch = Watch(ranks, stacks, logs, run, world.rank, token=token, seconds=seconds, on_end=on_end)
+    with library_log(logs, world.rank), listening(watch.hear), watch.watching():
         yield watch
 
 

@@ -42,9 +42,9 @@ class Place(NamedTuple):
 
 
 class Watch:
-    def __init__(self, ranks: Path, stacks: Path, run: list[Peer], rank: int, *, token: str, seconds: float, on_end: Callable[[End], None]):
-        """`ranks` and `stacks` are the folders of the files; `token` is of this start alone; `on_end` is called on the rank that speaks."""
-        self._ranks, self._stacks = ranks, stacks / f"rank{rank}.txt"
+    def __init__(self, ranks: Path, stacks: Path, logs: Path, run: list[Peer], rank: int, *, token: str, seconds: float, on_end: Callable[[End], None]):
+        """`ranks`, `stacks` and `logs` are the folders of the files; `token` is of this start alone; `on_end` is called on the rank that speaks."""
+        self._ranks, self._stacks, self._logs = ranks, stacks / f"rank{rank}.txt", logs
         self._token, self._mark, self._word = token, ranks / f"stuck-{token}", ranks / f"told-{token}"
         self._run, self._own, self._on_end = run, run[rank], on_end
         self._sight = Sight(ranks, rank, token)
@@ -174,7 +174,7 @@ class Watch:
         if speaks or self._for_seconds("dead") >= FOLLOW_SECONDS:
             _heading(stacks, "a peer is gone")
             faulthandler.dump_traceback(stacks)
-            remedy = f"if the system killed it for lack of memory, its log says so (dmesg); {AGAIN}"
+            remedy = f"if the system killed it for lack of memory, its log says so (dmesg); what libraries said is in {self._logs}; {AGAIN}"
             self._end(End(EXIT_UNEXPECTED, "failed", f"a rank died: {'; '.join(map(self._sight.last_seen, dead))}\n  remedy: {remedy}"), speaks=speaks)
 
     def _end_stuck(self, stacks: IO[str]) -> None:
@@ -192,7 +192,7 @@ class Watch:
         lines = "\n  ".join(self._sight.last_seen(peer) for peer in sorted(self._run, key=self._sight.progress_of))
         message = (
             f"no progress for {self._seconds:.0f} s (train.step_timeout_seconds, train.setup_timeout_seconds before the first step); the ranks, those behind first:\n"
-            f"  {lines}\n  remedy: the stacks of the ranks that could write them are in {self._stacks.parent}; {AGAIN}"
+            f"  {lines}\n  remedy: the stacks of the ranks that could write them are in {self._stacks.parent}, what libraries said in {self._logs}; {AGAIN}"
         )
         silent = [peer for peer in self._local if self._sight.is_silent(peer)]
         self._end(End(EXIT_UNEXPECTED, "failed", message), speaks=speaks, kills=silent if speaks else ())

@@ -2,11 +2,12 @@
 
 import json
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kto_ds.artifacts import require_match
@@ -16,14 +17,17 @@ from kto_ds.errors import UserError, excerpt
 from kto_ds.model.lora import merge_adapters, require_peft, write_adapter
 from kto_ds.model.save import MAX_SHARD_SIZE, FileLayout, plan_files, write_model
 from kto_ds.model.support import DTYPES, model_digest, read_generation_config, read_model_config, weight_files
-from kto_ds.report.console import bar_interval
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
+from kto_ds.report.screen import WorkBar
+from kto_ds.report.wandb_process import WandbProcess, has_run, wandb_order
 from kto_ds.runtime.collectives import start
+from kto_ds.runtime.guard import logs_folder
+from kto_ds.runtime.library_log import library_log
 from kto_ds.runtime.restore import Checkpoint, LazyWeight
 from kto_ds.stages.identity import library_versions, run_tokenizer, weights_line, weights_of_config
 from kto_ds.stages.push import push, require_pushable
 from kto_ds.stages.trained import choose_checkpoint, require_same_config, trained_weights, whole
-from kto_ds.staging import staged_folder
+from kto_ds.staging import staged_folder, writing_to
 
 
 def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False, push_to_hub: str | None = None, private: bool = False, public: bool = False) -> None:
@@ -44,7 +48,16 @@ def _export(config: RunConfig, checkpoint: str, merge: bool) -> Path:
     chosen = choose_checkpoint(config.output_dir / "checkpoints", checkpoint, start(timeout_seconds=config.train.setup_timeout_seconds))
     loss = weights_of_config(config.loss, chosen.manifest["config"])
     require_same_config(config, loss, chosen)
-    weights = trained_weights(chosen)
+    logs = logs_folder(config.output_dir, "export")
+    with writing_to(config.output_dir):
+        logs.mkdir(parents=True, exist_ok=True)
+    with library_log(logs, 0) as log:
+        return _write(config, model_config, chosen, loss, log, merge=merge)
+
+
+def _write(config: RunConfig, model_config: PretrainedConfig, chosen: Checkpoint, loss: LossConfig, log: TextIO, *, merge: bool) -> Path:
+    with redirect_stdout(log), redirect_stderr(log):  # DeepSpeed narrates
+        weights = trained_weights(chosen)
     tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen, is_adapter=config.model.lora is not None and not merge)
     target, began = config.merged_dir if merge else config.export_dir, time.monotonic()
     with staged_folder(target) as folder:
@@ -62,6 +75,9 @@ def _export(config: RunConfig, checkpoint: str, merge: bool) -> Path:
             path.chmod(card.stat().st_mode)
     size, seconds = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 1e9, time.monotonic() - began
     print(f"exported step {chosen.step} to {target}: {size:,.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s", flush=True)
+    if config.report.wandb.mode != "disabled" and has_run(config.output_dir):
+        order = wandb_order(config.report.wandb, config.report.wandb.mode, output_dir=config.output_dir, run_config={}, export=target)
+        WandbProcess(order, tell=print).close()
     return target
 
 
@@ -72,8 +88,8 @@ def _write_whole(folder: Path, config: RunConfig, model_config: PretrainedConfig
     lm.generation_config = read_generation_config(config.model)
     layout = plan_files(lm)
     _require_all(lm, layout, weights)
-    with tqdm(total=layout.num_bytes, desc="export", unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
-        write_model(lm, folder, lambda names: {name: whole(name, weights[name], lm.dtype) for name in names}, layout=layout, on_written=bar.update)
+    with WorkBar("export", total=layout.num_bytes, unit="B") as bar:
+        write_model(lm, folder, lambda names: {name: whole(name, weights[name], lm.dtype) for name in names}, layout=layout, on_written=bar.advance)
 
 
 def _all_whole(weights: dict[str, LazyWeight], config: RunConfig) -> dict[str, Tensor]:

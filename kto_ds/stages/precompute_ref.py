@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from kto_ds.artifacts import canonical_json, damaged_files, describe_file, digest_of, incomplete_path, move_into_place, read_manifest, recover, seal
@@ -27,7 +26,7 @@ from kto_ds.model.lora import require_lora_served
 from kto_ds.model.placement import Placement
 from kto_ds.model.scoring import Serving, choose_serving
 from kto_ds.model.support import read_model_config, require_positions
-from kto_ds.report.console import bar_interval
+from kto_ds.report.screen import WorkBar
 from kto_ds.runtime.collectives import World, any_across_ranks, barrier, gather_objects, on_main_rank, start, wait_for_all
 from kto_ds.runtime.guard import guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.watch import Watch
@@ -204,13 +203,13 @@ def _score_all(work: Work, splits: dict[str, TokenizedSplit], way: Way, watch: W
     began = time.perf_counter()
     bad_rows: list[str] = []
     failure: KtoError | None = None
-    with tqdm(total=total, desc="precompute-ref, rank 0", unit=" tokens", unit_scale=True, disable=not world.is_main, mininterval=bar_interval()) as progress:
+    with WorkBar("precompute-ref, rank 0", total=total, unit=" tokens", is_shown=world.is_main) as bar:
         for numbers, number in zip(rounds, mine):
             tasks = [] if number is None else work.shards[number]
             # Every forward of a partitioned model is a collective, so that ranks with fewer micro-batches run fillers.
             fillers = max(len(work.shards[other]) for other in numbers) - len(tasks) if way.placement.kind == "sharded" else 0
             try:
-                scored = score_shard(tasks, fillers, splits, way, progress.update, is_over=lambda: _is_over(watch.stop_reason is not None, work.given_up, way))
+                scored = score_shard(tasks, fillers, splits, way, bar.advance, is_over=lambda: _is_over(watch.stop_reason is not None, work.given_up, way))
                 if scored is None:
                     break
                 rows, bad_rows = scored

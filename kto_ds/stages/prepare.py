@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import LossConfig, RunConfig
@@ -23,7 +22,7 @@ from kto_ds.data.tokenization import TextRules
 from kto_ds.data.workers import TokenizerSource, Workers
 from kto_ds.errors import UserError, excerpt
 from kto_ds.model.support import longest_servable, read_model_config
-from kto_ds.report.console import bar_interval
+from kto_ds.report.screen import WorkBar
 from kto_ds.rows.records import RowRules
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 from kto_ds.runtime.signals import interruptible
@@ -130,9 +129,9 @@ def _limits(data: DataConfig) -> Limits:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes numbers of rows; in a log file the bar speaks twice a minute."""
-    with tqdm(desc=what, unit=" rows", unit_scale=True, mininterval=bar_interval()) as bar:
-        yield bar.update
+    """Yield a function that takes numbers of rows."""
+    with WorkBar(what, unit=" rows") as bar:
+        yield bar.advance
 
 
 def _check(data: DataConfig, name: str, files: list[SourceFile], workers: Workers) -> None:

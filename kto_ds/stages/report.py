@@ -92,7 +92,7 @@ def _upload(config: RunConfig, records: list[Record]) -> None:
     told: list[str] = []
     order = wandb_order(
         config.report.wandb, mode, output_dir=config.output_dir.resolve(), run_config=config.model_dump(mode="json"),
-        finish_seconds=UPLOAD_SECONDS, goes_offline=False,
+        sources={"dataset": config.dataset_dir, "reference": config.reference_dir}, finish_seconds=UPLOAD_SECONDS, goes_offline=False,
     )  # fmt: skip
     arrived = WandbProcess(order, tell=told.append).close(UPLOAD_SECONDS)
     if not arrived:

@@ -39,7 +39,7 @@ FREE = frozenset("""
     train.setup_timeout_seconds train.step_timeout_seconds train.on_nonfinite train.max_skipped_steps train.loss_spike_sigmas
     batch.max_tokens_per_microbatch batch.max_tokens_per_scoring_microbatch batch.sequence_parallel_size deepspeed.config eval.eval_steps eval.path eval.generate
     checkpoint.save_steps checkpoint.save_total_limit checkpoint.resume checkpoint.metric_for_best_model checkpoint.greater_is_better
-    report.logging_steps report.wandb.mode report.wandb.project report.wandb.name
+    report.logging_steps report.wandb.mode report.wandb.project report.wandb.name report.tensorboard
 """.split())  # fmt: skip
 REMEDY = "restore the config, choose another output_dir, or set checkpoint.resume: never"
 

@@ -5,9 +5,8 @@ import time
 import numpy as np
 from kto_ds.config import RunConfig
 from kto_ds.config_text import write_yaml
-from kto_ds.model.checkpointing import in_words
 from kto_ds.model.flops import peak_flops
-from kto_ds.model.scoring import Serving, choose_serving
+from kto_ds.model.scoring import choose_serving
 from kto_ds.model.support import read_model_config, require_trainable, router_aux_loss_coef
 from kto_ds.report.metrics_file import METRICS_FILE
 from kto_ds.report.plots import plot_metrics
@@ -15,16 +14,16 @@ from kto_ds.report.profiling import StepProfiler, make_room
 from kto_ds.report.samples_file import SAMPLES_FILE
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
-from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics, sum_of_laps, summary
+from kto_ds.report.tensorboard import require_tensorboard
+from kto_ds.report.throughput import Lap, StepTimer, device_clock, peak_memory_gib, speed_metrics
 from kto_ds.runtime.collectives import any_across_ranks, barrier, gather_objects, limit_waits, on_main_rank, start
 from kto_ds.runtime.deepspeed_config import check_zero_section, complete_deepspeed_config, read_deepspeed_config, zero_stage
 from kto_ds.runtime.guard import GO_ON, guarded, preempted, reason_to_stop, stacks_folder
 from kto_ds.runtime.restore import Checkpoint
 from kto_ds.runtime.retention import set_aside
 from kto_ds.runtime.signals import WallTime, wall_seconds
-from kto_ds.stages.advising import advice_lines
+from kto_ds.stages.announce import announce, conclude
 from kto_ds.stages.build import build_engine, open_inputs, plan_steps, require_served
-from kto_ds.stages.identity import weights_line
 from kto_ds.stages.numerics import NUMERICS_FILE, StepOutcome, after_step, loss_limit, settle, window_metrics
 from kto_ds.stages.objective import measure_drift, require_no_drift, train_step
 from kto_ds.stages.progress import Progress
@@ -34,12 +33,15 @@ from kto_ds.staging import claim_folder
 
 
 def main(config: RunConfig, profile: bool = False, accept_changes: bool = False, max_wall_time: str | None = None) -> None:
+    began = time.monotonic()
     wall_time = WallTime(max_wall_time and wall_seconds(max_wall_time))
     model_config = read_model_config(config.model)
     require_trainable(config.model, model_config)
     aux_coef = router_aux_loss_coef(config.model, model_config)
     raw_deepspeed_config = read_deepspeed_config(config.deepspeed.config)
     check_zero_section(raw_deepspeed_config.get("zero_optimization", {}), where=config.deepspeed.config)
+    if config.report.tensorboard:
+        require_tensorboard()
     seconds = config.train.setup_timeout_seconds
     world = start(timeout_seconds=seconds, dumps=stacks_folder(config.output_dir, "train"))
     on_main_rank(lambda: claim_folder(config.output_dir))
@@ -55,26 +57,27 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
             on_main_rank(lambda: _write_config(config))
         if profile:
             on_main_rank(lambda: make_room(config.output_dir))
+        done = checkpoint.step if checkpoint else 0
+        on_main_rank(lambda: announce(config, model_config, serving, deepspeed_config, inputs, world, aux_coef=aux_coef, done_steps=done))
         engine, shape = build_engine(config, model_config, serving, deepspeed_config, inputs, world)
         limit_waits(seconds)  # of the groups that DeepSpeed has made
         run = Run(config, world, inputs, engine, plan_steps(config, inputs, serving, world, shape, aux_coef), watch, wall_time, aux_coef)
         progress = _resume_or_start(run, checkpoint)
-        with _open_sinks(run, serving, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
-            laps, stopped_at = _loop(run, status, sinks, profiler, progress)
+        with _open_sinks(run, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
+            laps, progress, stopped_at = _loop(run, status, sinks, profiler, progress)
         if stopped_at is not None:
             remedy = GO_ON if config.checkpoint.resume == "auto" else "to go on from there, set checkpoint.resume: auto"
             raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved", remedy=remedy)
         on_main_rank(lambda: plot_metrics(config.output_dir / METRICS_FILE, config.output_dir / "metrics.png"))
         peaks = gather_objects(peak_memory_gib(engine.device))
     if world.is_main:
-        if laps:
-            print(summary(sum_of_laps(laps), peaks, peak_flops=peak_flops(engine.device, config.model.dtype)), flush=True)
-        print(f"done: {inputs.plan.num_steps} steps; checkpoints, metrics and plot in {config.output_dir}; next: kto-ds export", flush=True)
+        best_step = progress.best and progress.best.step
+        conclude(config, laps, peaks, world, num_steps=inputs.plan.num_steps, best_step=best_step, seconds=time.monotonic() - began)
     barrier()
 
 
-def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> tuple[list[Lap], int | None]:
-    """Train on from `progress` to the end and return what every log line took, and the step after which the run was stopped, if it was."""
+def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, progress: Progress) -> tuple[list[Lap], Progress, int | None]:
+    """Train on from `progress` to the end and return what every log line took, how far the run is, and the step after which it was stopped, if it was."""
     config, world, inputs, engine, planner, watch, wall_time, aux_coef = run
     plan, train = inputs.plan, inputs.splits["train"]
     window: list[StepOutcome] = []  # steps since the last log line
@@ -85,7 +88,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     status.running(done)
     progress, is_through = catch_up_on_evaluation(run, sinks, progress)
     if not is_through:
-        return laps, done
+        return laps, progress, done
 
     watch.enter("input", done + 1)
     for work in planner.ahead(done):
@@ -130,12 +133,12 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
             save(run, progress)
             is_stopping = is_stopping or any_across_ranks(run.wants_to_stop(), engine.device)  # asked meanwhile: this save is the one
         if is_stopping:
-            return laps, step
+            return laps, progress, step
 
         watch.enter("input", step + 1)
         timer.begin("host")
     watch.enter("closing", plan.num_steps)
-    return laps, None
+    return laps, progress, None
 
 
 def _resume_or_start(run: Run, checkpoint: Checkpoint | None) -> Progress:
@@ -163,30 +166,16 @@ def _look_at_drift(run: Run) -> None:
         require_no_drift(drift, config.reference_dir)
 
 
-def _open_sinks(run: Run, serving: Serving, done: int) -> Sinks:
-    """Say what begins, and open what the run writes to."""
-    config, world, inputs = run.config, run.world, run.inputs
-    if not world.is_main:
+def _open_sinks(run: Run, done: int) -> Sinks:
+    """Open what the run writes to; on rank 0 alone."""
+    config, inputs = run.config, run.inputs
+    if not run.world.is_main:
         return Sinks([])
-    plan, train = inputs.plan, inputs.splits["train"]
-    begin = "nothing left to do" if done >= plan.num_steps else f"{'resuming' if done else 'starting'} at step {done + 1}"
-    print(f"{begin} of {plan.num_steps}: {train.num_examples:,} examples, {config.batch.global_batch_size} a step, "
-          f"{world.num_ranks} rank{'s' if world.num_ranks > 1 else ''}, ZeRO {run.engine.stage}, {config.model.dtype}, {serving.way}", flush=True)  # fmt: skip
-    shared = f", each shared by {config.batch.sequence_parallel_size} ranks that take so many" if config.batch.sequence_parallel_size > 1 else ""
-    print(f"micro-batches of {config.batch.max_tokens_per_microbatch:,} tokens, {config.batch.scoring_tokens:,} without gradients{shared}; {in_words(config.model)}", flush=True)
-    if serving.notice:
-        print(f"notice: {serving.notice}", flush=True)
-    if run.aux_coef is not None:
-        origin = "the model's config" if config.model.router_aux_loss_coef is None else "model.router_aux_loss_coef"
-        print(f"mixture of experts: load-balancing loss with coefficient {run.aux_coef:g}, from {origin}", flush=True)
-    if (serving.backend, serving.kernels) != inputs.reference_way:
-        theirs, ours = " and ".join(inputs.reference_way), f"{serving.backend} and {serving.kernels}"
-        print(f"notice: the reference was scored with {theirs} kernels, the policy runs with {ours}: rewards begin with the rounding between them", flush=True)
-    print("".join(f"{line}\n" for line in advice_lines(config)), end="", flush=True)
-    if inputs.loss != config.loss:
-        print(f"automatic weights: {weights_line(inputs.loss)}", flush=True)
     run_config = config.model_copy(update={"loss": inputs.loss}).model_dump(mode="json")
-    return open_sinks(output_dir=config.output_dir, total_steps=plan.num_steps, done_steps=done, wandb=config.report.wandb, run_config=run_config)
+    return open_sinks(
+        output_dir=config.output_dir, total_steps=inputs.plan.num_steps, done_steps=done, report=config.report, run_config=run_config,
+        sources={"dataset": config.dataset_dir, "reference": config.reference_dir}, stall_seconds=config.train.step_timeout_seconds / 2,
+    )  # fmt: skip
 
 
 def _write_config(config: RunConfig) -> None:

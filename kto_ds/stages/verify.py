@@ -12,7 +12,7 @@ from tqdm import tqdm
 from kto_ds.artifacts import MANIFEST, READERS, damaged_files, read_manifest, state_of, unlisted_files
 from kto_ds.config import RunConfig
 from kto_ds.errors import UserError, excerpt
-from kto_ds.report.console import bar_interval
+from kto_ds.report.screen import WorkBar
 from kto_ds.runtime.retention import KIND, list_checkpoints
 from kto_ds.runtime.unpickling import foreign_objects
 from kto_ds.stages.inputs import PRECOMPUTE_FIRST, PREPARE_FIRST
@@ -39,9 +39,9 @@ def main(config: RunConfig) -> None:
 
     num_bytes = sum(_size(artifact.manifest) for artifact in artifacts)
     damaged, intact = [], {}
-    with tqdm(desc="verify", total=num_bytes, unit="B", unit_scale=True, mininterval=bar_interval()) as bar:
+    with WorkBar("verify", total=num_bytes, unit="B") as bar:
         for artifact in artifacts:
-            problems = _problems(artifact, bar.update)
+            problems = _problems(artifact, bar.advance)
             if artifact.kind == "reference" and "dataset" in intact and artifact.state == "sealed" and not problems:
                 problems = mismatches(intact["dataset"], artifact.manifest)
             if artifact.kind == KIND and not artifact.folder.exists():  # a running train keeps the newest ones only
@@ -51,7 +51,7 @@ def main(config: RunConfig) -> None:
             elif artifact.state == "sealed":
                 intact[artifact.kind] = artifact.manifest
             for line in _lines(artifact, problems):
-                bar.write(line)
+                bar.tell(line)
     if damaged:
         count = f"{len(damaged)} of {len(artifacts)} artefacts and checkpoints {'are' if len(damaged) > 1 else 'is'} damaged:"
         lines = [f"{artifact.kind} {artifact.folder}: {artifact.remedy}" for artifact in damaged]

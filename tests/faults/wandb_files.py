@@ -26,15 +26,20 @@ def records_of(path: Path) -> Iterator[bytes]:
             assert kind in (FIRST, MIDDLE), kind
 
 
-def history_of(path: Path) -> list[dict]:
-    """Return the rows of the run's history, without the names that wandb adds."""
+def entries_of(path: Path, kind: str) -> list:
+    """Return what the run has noted of one kind, such as history, metric, alert or artifact, as protobuf messages."""
     from wandb.proto import wandb_internal_pb2
 
-    rows = []
+    found = []
     for content in records_of(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({name: value for name, value in row.items() if not name.startswith("_")})
-    return rows
+        if record.WhichOneof("record_type") == kind:
+            found.append({"history": record.history, "metric": record.metric, "alert": record.alert, "artifact": record.artifact, "exit": record.exit}[kind])
+    return found
+
+
+def history_of(path: Path) -> list[dict]:
+    """Return the rows of the run's history, without the names that wandb adds."""
+    rows = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.item} for entry in entries_of(path, "history")]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]

@@ -93,7 +93,7 @@ def state_of_files(run: Run) -> dict[str, tuple]:
     """What tells whether anything was written, but for what marks the folder of a run as its own."""
     found = {}
     for path in run.dataset.parent.rglob("*"):
-        if path != run.output_dir and not {"status.json", ".lock", "ranks", "stacks"} & set(path.parts):
+        if path != run.output_dir and not {"status.json", ".lock", "ranks", "stacks", "logs"} & set(path.parts):
             status = path.lstat()
             found[path.relative_to(run.dataset.parent).as_posix()] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino)
     return found
@@ -116,7 +116,7 @@ def refuse(run: Run, capsys, *overrides: object, saying: tuple | list = ()) -> s
         for text in saying:
             assert text in printed.err, printed.err
         assert state_of_files(run) == before, "something was written"
-        assert not [path for path in run.output_dir.glob("*") if path.name not in ("status.json", ".lock", "ranks", "stacks")]
+        assert not [path for path in run.output_dir.glob("*") if path.name not in ("status.json", ".lock", "ranks", "stacks", "logs")]
         counts.survived += 1
     return printed.err
 

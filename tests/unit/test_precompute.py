@@ -481,8 +481,8 @@ def test_the_same_model_named_twice_is_still_held_to_its_own_log_probs(folder, c
 
 
 def things_lost(before: dict[Path, bytes]) -> list[Path]:
-    """Return the files that are not as they were; those in `ranks` and `stacks` say of the last start where its ranks are."""
-    kept = {path: content for path, content in before.items() if not {"ranks", "stacks"} & set(path.parts)}
+    """Return the files that are not as they were; those in `ranks`, `stacks` and `logs` say of the last start where its ranks are."""
+    kept = {path: content for path, content in before.items() if not {"ranks", "stacks", "logs"} & set(path.parts)}
     return [path for path, content in kept.items() if not path.is_file() or path.read_bytes() != content]
 
 

@@ -47,7 +47,7 @@ def run(folder: Path, command: str, *overrides: str) -> int:
 def files_of(folder: Path) -> list[Path]:
     """All files, but what marks a run's folder as its own (the locks, status.json, which says that the run failed, and the ranks') and what prepare can go on with."""
     found = (path for path in folder.rglob("*") if path.is_file() and path.name != "status.json" and path.suffix != ".lock" and path.name != ".lock")
-    return sorted(path for path in found if not {"dataset.incomplete", "ranks", "stacks"} & set(path.parts))
+    return sorted(path for path in found if not {"dataset.incomplete", "ranks", "stacks", "logs"} & set(path.parts))
 
 
 def refuse(capsys, folder: Path, command: str, *overrides: str, saying: list[str]) -> None:

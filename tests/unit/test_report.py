@@ -1,25 +1,17 @@
-import io
 import json
 import os
-import pty
-import termios
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.axes import Axes
 
-from kto_ds.config import WandbConfig
+from kto_ds.config import ReportConfig
 from kto_ds.errors import Preempted, UserError
-from kto_ds.report.console import Console, duration
 from kto_ds.report.metrics_file import MetricsFile, read_records
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
-from kto_ds.report.throughput import Clock, Lap, StepTimer, Work, peak_memory_gib, speed_metrics, sum_of_laps, summary
-from kto_ds.report.wandb_process import WandbProcess, wandb_order
-from kto_ds.report.wandb_upload import named
-from tests.faults.wandb_files import history_of
+from kto_ds.report.throughput import Clock, Lap, StepTimer, Work, peak_memory_gib, speed_metrics, speed_rows, sum_of_laps
 
 
 def train_record(step: int, **more: float) -> dict:
@@ -28,25 +20,6 @@ def train_record(step: int, **more: float) -> dict:
 
 def eval_record(step: int) -> dict:
     return {"split": "eval", "step": step, "loss": 0.5, "kl": 0.1, "rewards/auc": 0.75}
-
-
-def terminal_output(records: list[dict], total_steps: int) -> str:
-    """Return what a Console writes to a real pseudo-terminal."""
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 120))
-    with os.fdopen(follower, "w") as stream:
-        console = Console(total_steps, stream=stream)
-        for record in records:
-            console.log(record)
-        console.close()
-    written = b""
-    try:
-        while chunk := os.read(leader, 4096):
-            written += chunk
-    except OSError:  # how Linux ends a pseudo-terminal whose other side is closed
-        pass
-    os.close(leader)
-    return written.decode()
 
 
 # metrics.jsonl
@@ -79,9 +52,8 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path, torn):
 
 
 def test_a_fresh_start_empties_the_record_and_a_resumed_one_keeps_it(tmp_path, capsys):
-    disabled = WandbConfig()
     for done_steps, expected in ((0, [1, 2]), (1, [1, 2]), (0, [1, 2])):
-        with open_sinks(output_dir=tmp_path, total_steps=2, done_steps=done_steps, wandb=disabled, run_config={}) as sinks:
+        with open_sinks(output_dir=tmp_path, total_steps=2, done_steps=done_steps, report=ReportConfig(), run_config={}) as sinks:
             for step in range(done_steps + 1, 3):
                 sinks.log(train_record(step))
         assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == expected
@@ -92,33 +64,6 @@ def test_a_fresh_start_empties_the_record_and_a_resumed_one_keeps_it(tmp_path, c
 def test_other_ranks_have_no_sinks():
     with Sinks([]) as sinks:
         sinks.log(train_record(1))
-
-
-# console
-
-
-def test_without_a_terminal_a_record_is_one_plain_line():
-    stream = io.StringIO()
-    console = Console(300, stream=stream)
-    console.log(train_record(12, learning_rate=2e-4, grad_norm=1.2345, tokens_per_second=5812.4))
-    console.log(eval_record(12))
-    console.close()
-    train, evaluation = stream.getvalue().splitlines()
-    assert train.startswith("step 12/300  epoch 0.24  loss 0.4831  kl 0.12  margin 0.31  lr 2.0e-04  grad 1.23  tok/s 5,812  eta ")
-    assert evaluation == "eval  step 12/300  loss 0.5000  kl 0.1  auc 0.750"
-
-
-def test_a_terminal_gets_a_bar_and_evaluation_lines_of_their_own():
-    shown = terminal_output([train_record(1), eval_record(1), train_record(2)], total_steps=2)
-    assert "eval  step 1/2  loss 0.5000" in shown
-    assert "2/2" in shown and "loss 0.4831  margin 0.31  kl 0.12" in shown
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0s"), (45.9, "45s"), (60, "1m00s"), (192, "3m12s"), (3840, "1h04m"), (86399, "23h59m"), (183600, "2d03h")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 # throughput
@@ -144,9 +89,13 @@ def test_every_moment_belongs_to_a_phase_and_pauses_to_none():
 
 def test_the_summary_says_speed_memory_and_where_the_time_went():
     laps = [Lap({"kl": 1.0, "policy": 5.0, "update": 1.5, "host": 0.0}, Work(1000, 4e12, 5e12)), Lap({"kl": 1.0, "policy": 1.0, "update": 0.0, "host": 0.5}, Work(500, 1e12, 1e12))]
-    text = summary(sum_of_laps(laps), [1.25, 3.5], peak_flops=1e12)
-    assert text == "since this start 1,500 tokens in 10.0 s: 150 tokens/s, 0.25 TFLOP/s a rank, MFU 25.0%, HFU 30.0%; 1.25 to 3.50 GiB at the peak on each rank; kl 20%, policy 60%, update 15%, host 5%"
-    assert "MFU" not in summary(sum_of_laps(laps), [1.25], peak_flops=None)
+    assert dict(speed_rows(sum_of_laps(laps), [1.25, 3.5], peak_flops=1e12)) == {
+        "speed": "150 tokens/s since this start (1,500 tokens in 10.0 s), 0.25 TFLOP/s a rank, MFU 25.0%, HFU 30.0%",
+        "time": "kl 20%, policy 60%, update 15%, host 5%",
+        "memory": "1.25 to 3.50 GiB at the peak on each rank",
+    }
+    alone = dict(speed_rows(sum_of_laps(laps), [1.25], peak_flops=None))
+    assert "MFU" not in alone["speed"] and alone["memory"] == "1.25 GiB at the peak"
 
 
 def test_peak_memory_sees_a_quarter_gib():
@@ -225,70 +174,3 @@ def test_other_ranks_write_no_status(tmp_path):
     with RunStatus(tmp_path / "status.json", is_main=False).until_the_end() as status:
         status.running(1)
     assert list(tmp_path.iterdir()) == []
-
-
-# wandb
-
-
-def wandb_run(folder: Path, mode: str, records: list[dict]) -> list[str]:
-    """Run the process beside a record of these lines to its end and return what it told."""
-    told: list[str] = []
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    order = wandb_order(WandbConfig(), mode, output_dir=folder, run_config={"seed": 1, "loss": {"beta": 0.1}})
-    process = WandbProcess(order, tell=told.append)
-    for record in records:
-        process.log(record)
-    assert process.close(60), told
-    return told
-
-
-@pytest.fixture
-def no_credentials(monkeypatch, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(home))
-    return monkeypatch
-
-
-def test_a_wandb_run_holds_one_record_and_no_line_of_another(tmp_path, no_credentials, capsys):
-    """A start that goes on where the record ends has the same wandb run; one that takes lines back has a run of its own, with all lines."""
-    starts = [(0, [train_record(1), eval_record(1), train_record(2)]), (2, [train_record(3)]), (1, [train_record(2, loss=0.25)])]
-    no_credentials.setattr("kto_ds.report.sinks.CLOSE_SECONDS", 60)  # for a machine that is busy
-    ids, files = [], []
-    for done_steps, records in starts:
-        with open_sinks(output_dir=tmp_path, total_steps=3, done_steps=done_steps, wandb=WandbConfig(mode="offline"), run_config={}) as sinks:
-            for record in records:
-                sinks.log(record)
-        ids.append((tmp_path / "wandb" / "run_id").read_text())
-        # offline-run-TIME-ID
-        [file] = {*(tmp_path / "wandb").glob("offline-run-*/*.wandb")} - {*files}
-        assert file.parent.name.split("-")[3] == ids[-1] and history_of(file) == [named(record) for record in read_records(tmp_path / "metrics.jsonl")]
-        files.append(file)
-    assert ids[0] == ids[1] != ids[2]
-    assert wandb_order(WandbConfig(), "online", output_dir=tmp_path, run_config={})["run_id"] == ids[2]
-
-
-@pytest.mark.parametrize(("done_steps", "is_kept"), [(2, True), (1, False), (0, False)])
-def test_a_start_without_wandb_tells_the_next_one_whether_its_run_still_fits(tmp_path, done_steps, is_kept):
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "run_id").write_text("1234")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(train_record(step)) + "\n" for step in (1, 2)))
-    with open_sinks(output_dir=tmp_path, total_steps=3, done_steps=done_steps, wandb=WandbConfig(), run_config={}):
-        pass
-    assert (wandb_order(WandbConfig(), "online", output_dir=tmp_path, run_config={})["run_id"] == "1234") == is_kept
-
-
-def test_online_without_a_key_goes_offline_and_asks_nothing(tmp_path, no_credentials):
-    told = wandb_run(tmp_path, "online", [train_record(1)])
-    assert len(told) == 1 and told[0].startswith("warning: wandb goes offline") and "no API key" in told[0]
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
-@pytest.mark.slow
-def test_online_without_a_server_goes_offline_in_half_a_minute(tmp_path, no_credentials):
-    no_credentials.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    no_credentials.setenv("WANDB_API_KEY", "0" * 40)
-    told = wandb_run(tmp_path, "online", [train_record(1)])
-    assert len(told) == 1 and told[0].startswith("warning: wandb goes offline")
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

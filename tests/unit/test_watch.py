@@ -15,7 +15,7 @@ def beat_of_rank_1(folder: Path, beat: float) -> None:
 
 def test_who_waits_gets_on_as_the_awaited_rank_does(tmp_path, monkeypatch):
     run = [peers.this_process(rank) for rank in (0, 1)]
-    waiting = Watch(tmp_path, tmp_path, run, 0, token="now", seconds=60, on_end=print)
+    waiting = Watch(tmp_path, tmp_path, tmp_path, run, 0, token="now", seconds=60, on_end=print)
     monkeypatch.setattr(watch, "_current", [waiting])
     beat_of_rank_1(tmp_path, 1.0)
     seen = []
