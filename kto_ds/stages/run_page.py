@@ -16,9 +16,9 @@ from kto_ds.report.metrics_file import METRICS_FILE, read_records
 from kto_ds.report.page import page
 from kto_ds.report.plots import plot_metrics
 from kto_ds.report.run_files import RunFiles, by_split, distinct_names, flat
+from kto_ds.report.samples_file import SAMPLES_FILE
 
 PAGE_FILE = "report.html"
-SAMPLES_FILE = "samples.jsonl"
 NAME_A_RUN = "name the output_dir of a run, or a metrics.jsonl"
 
 

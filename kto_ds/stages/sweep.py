@@ -22,7 +22,7 @@ from kto_ds.config_data import HELD_OUT
 from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml
 from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt
 from kto_ds.redaction import redact_values
-from kto_ds.report.console import duration
+from kto_ds.report.screen import duration
 from kto_ds.runtime.collectives import free_port
 from kto_ds.runtime.jobs import run_job
 from kto_ds.stages.resume import ALLOWED, FIXED, changes
