@@ -3,7 +3,8 @@
 import errno
 import shutil
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,15 @@ class KtoError(Exception):
 
     exit_code = EXIT_UNEXPECTED
     is_told = False  # on a rank other than 0: rank 0 has this error too, and reports it
+
+
+def run_script(main: Callable[..., None]) -> None:
+    """Run `main` with the arguments of the command line, as the whole of a program; its KtoError is one message on stderr and the exit code."""
+    try:
+        main(*sys.argv[1:])
+    except KtoError as error:
+        print(f"kto-ds: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 class UserError(KtoError):

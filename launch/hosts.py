@@ -26,7 +26,7 @@ from typing import NamedTuple
 import psutil
 
 import kto_ds
-from kto_ds.errors import KtoError, UserError, excerpt, reading
+from kto_ds.errors import UserError, excerpt, reading, run_script
 
 # A stricter line than DeepSpeed's own, which takes `slots=8x` for 8, and names that pdsh reads as a list or a range.
 HOSTFILE_LINE = re.compile(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d{0,3})\s*(?:#.*)?")
@@ -261,8 +261,4 @@ def main(command: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KtoError as error:
-        print(f"kto-ds: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

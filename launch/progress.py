@@ -3,12 +3,11 @@
 Two starts between which nothing was done print the same.
 """
 
-import sys
 from pathlib import Path
 
 from kto_ds.artifacts import incomplete_path
 from kto_ds.cli import read_config
-from kto_ds.errors import KtoError
+from kto_ds.errors import run_script
 
 
 def files_below(folder: Path) -> int:
@@ -23,8 +22,4 @@ def main(config_file: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KtoError as error:
-        print(f"kto-ds: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

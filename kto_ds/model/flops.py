@@ -55,7 +55,8 @@ def model_shape(policy: Policy, config: PretrainedConfig) -> ModelShape | None:
     heads, hidden_size = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not (layers and isinstance(heads, int) and hidden_size):
         return None
-    matrices = [(_elements_met(name, parameter, config), parameter.requires_grad) for layer in layers for name, parameter in layer.named_parameters()]
+    experts = experts_of_a_token(config)
+    matrices = [(_elements_met(name, parameter, experts), parameter.requires_grad) for layer in layers for name, parameter in layer.named_parameters()]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
     return ModelShape(
@@ -68,11 +69,11 @@ def model_shape(policy: Policy, config: PretrainedConfig) -> ModelShape | None:
     )
 
 
-def _elements_met(name: str, parameter: Tensor, config: PretrainedConfig) -> int:
-    """Return how many elements of a matrix one token is multiplied with; the matrices of all experts are one tensor, and a token meets those of a few."""
+def _elements_met(name: str, parameter: Tensor, experts_met: int) -> int:
+    """Return how many elements of a matrix one token is multiplied with; the matrices of all experts are one tensor, and a token meets `experts_met` of them."""
     shape = _shape(parameter)
     if "experts" in name.split("."):
-        return math.prod(shape) // shape[0] * experts_of_a_token(config) if len(shape) == 3 else 0
+        return math.prod(shape) // shape[0] * experts_met if len(shape) == 3 else 0
     return math.prod(shape) if len(shape) == 2 else 0
 
 

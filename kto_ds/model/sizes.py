@@ -52,10 +52,15 @@ class ModelSizes(NamedTuple):
         return sum(self.trainable) / self.total
 
 
-def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model on the meta device, with its adapters where it gets any: all shapes, no memory."""
+def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model on the meta device: all shapes, no memory."""
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+
+
+def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model on the meta device, with its adapters where it gets any."""
+    lm = without_weights(config, trust_remote_code=model.trust_remote_code)
     if model.lora is not None:
         add_adapters(lm, model.lora, seed=0)
     return lm
@@ -90,7 +95,7 @@ def sizes_in_4_bits(sizes: ModelSizes, lm: PreTrainedModel, weight_bytes: int) -
     scales = (FOUR_BIT_BYTES - 0.5) * sum(matrices.values())
 
     def held(parameters: Iterable[nn.Parameter]) -> tuple[int, ...]:
-        return tuple(math.ceil(numel / 2 / weight_bytes) if id(parameter) in matrices else numel for parameter in parameters for numel in [parameter.numel()])
+        return tuple(math.ceil(matrices[id(parameter)] / 2 / weight_bytes) if id(parameter) in matrices else parameter.numel() for parameter in parameters)
 
     return sizes._replace(
         parameters=held(lm.parameters()), layers=tuple(sum(held(layer.parameters())) for layer in decoder_layers(lm)),

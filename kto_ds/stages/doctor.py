@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from kto_ds.artifacts import canonical_json, digest_of
 from kto_ds.config import ModelConfig, RunConfig
@@ -24,6 +24,7 @@ from kto_ds.doctor.facts import Facts, facts_of
 from kto_ds.doctor.findings import Finding, check_settings, in_words, refuse_what_is_wrong, show, worst, wrong_by
 from kto_ds.errors import KtoError, UserError
 from kto_ds.model.scoring import Serving, choose_serving
+from kto_ds.model.sizes import without_weights
 from kto_ds.model.support import DTYPES, read_model_config, require_trainable, weight_files
 from kto_ds.redaction import redact
 from kto_ds.runtime import probes
@@ -159,8 +160,7 @@ def fetched_folder(model: ModelConfig) -> Path | None:
 
 def count_parameters(model_config: PretrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Return the number of parameters, tied ones once; no memory is taken for them."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code).num_parameters()
+    return without_weights(model_config, trust_remote_code=trust_remote_code).num_parameters()
 
 
 def _meet(config: RunConfig, device: torch.device, own: list[Finding], *, seconds: float, findings: list[Finding]) -> tuple[list[Facts], probes.Meeting]:

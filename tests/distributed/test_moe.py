@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from kto_ds import cli
 from tests.distributed.ranks import run_commands
-from tests.distributed.runs import number_tokenizer, read_metrics, write_config, write_rows, write_zero
-from tests.distributed.test_split_invariance import BUDGETS, OPTIM, rows, weights_after
+from tests.distributed.runs import number_tokenizer, read_metrics, write_zero
+from tests.distributed.test_split_invariance import BUDGETS, weights_after, write_one_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -43,17 +43,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
         torch.manual_seed(seed)
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / name)
         number_tokenizer(61).save_pretrained(folder / name)
-    write_rows(folder / "rows.jsonl", rows())
-    write_config(
-        folder / "run.yaml",
-        output_dir=str(folder),
-        model={"path": str(folder / "model"), "dtype": "float32"},
-        data={"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 90, "kl_group_size": 3, "artifact": str(folder / "dataset")},
-        reference={"path": str(folder / "reference"), "artifact": str(folder / "reference_logps")},
-        batch={"global_batch_size": 16},
-        optim=OPTIM,
-        train={"max_steps": 1},
-    )
+    write_one_step(folder)
     config = ["--config", str(folder / "run.yaml")]
     assert cli.run(["prepare", *config]) == 0
     run_commands(folder, [["precompute-ref", *config]], num_ranks=1)

@@ -34,6 +34,22 @@ def rows() -> list[dict]:
     return [conversation(prompts[prompt], draw(37 + 3 * number if label else 1 + number % 7), label) for number, (prompt, label) in enumerate(kinds)]
 
 
+def write_one_step(folder: Path, **sections) -> None:
+    """Write rows and run.yaml of a run of one step on all of them, for the models `model` and `reference` of the folder."""
+    write_rows(folder / "rows.jsonl", rows())
+    write_config(
+        folder / "run.yaml",
+        output_dir=str(folder),
+        model={"path": str(folder / "model"), "dtype": "float32"},
+        data={"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 90, "kl_group_size": 3, "artifact": str(folder / "dataset")},
+        reference={"path": str(folder / "reference"), "artifact": str(folder / "reference_logps")},
+        batch={"global_batch_size": 16},
+        optim=OPTIM,
+        train={"max_steps": 1},
+        **sections,
+    )
+
+
 # Beside the grid: a tied head, whose weight is embedding too, a clipped step, and every second layer checkpointed, its input on the host, against
 # none; one rank without ZeRO against two with stage 3.
 EXTRAS = {
@@ -63,18 +79,7 @@ def runs(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder / "tied")
     number_tokenizer(61).save_pretrained(folder / "tied")
-    write_rows(folder / "rows.jsonl", rows())
-    write_config(
-        folder / "run.yaml",
-        output_dir=str(folder),
-        model={"path": str(folder / "model"), "dtype": "float32"},
-        data={"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 90, "kl_group_size": 3, "artifact": str(folder / "dataset")},
-        reference={"path": str(folder / "reference"), "artifact": str(folder / "reference_logps")},
-        loss={"desirable_weight": 1.3, "undesirable_weight": 0.7},
-        batch={"global_batch_size": 16},
-        optim=OPTIM,
-        train={"max_steps": 1},
-    )
+    write_one_step(folder, loss={"desirable_weight": 1.3, "undesirable_weight": 0.7})
     config = ["--config", str(folder / "run.yaml")]
     assert cli.run(["prepare", *config]) == 0
     run_commands(folder, [["precompute-ref", *config]], num_ranks=1)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import time
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Sample(NamedTuple):
     descriptors: int  # of all ranks
     threads: int
     rss_mib: float
-    shared_memory: int  # entries of /dev/shm
+    shared_memory: int  # entries of /dev/shm that the ranks have open or mapped
     checkpoints: int
 
 
@@ -40,8 +41,35 @@ def sample(run: Path, processes: list[psutil.Process]) -> Sample:
     known = [process.as_dict(["num_fds", "num_threads", "memory_info"]) for process in processes]
     return Sample(
         steps_begun(run), sum(each["num_fds"] for each in known), sum(each["num_threads"] for each in known),
-        sum(each["memory_info"].rss for each in known) / MIB, len(os.listdir("/dev/shm")), len(list((run / "checkpoints").glob("*step-*"))),
+        sum(each["memory_info"].rss for each in known) / MIB, sum(len(shared_memory_of(process.pid)) for process in processes), len(list((run / "checkpoints").glob("*step-*"))),
     )  # fmt: skip
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Return the entries of /dev/shm that a process has, by name; what else lies there is of other programs, and of killed ones."""
+    mapped = {line.split(maxsplit=5)[5].strip() for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
+    return mapped | {target for file in os.scandir(f"/proc/{pid}/fd") if (target := _target(file.path)).startswith("/dev/shm/")}
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # closed in the meantime
+        return ""
+
+
+def test_shared_memory_is_seen():
+    before = shared_memory_of(os.getpid())
+    with open("/dev/shm/kto-ds-test", "wb") as file:
+        assert len(shared_memory_of(os.getpid()) - before) == 1
+    os.unlink(file.name)
+    memory = SharedMemory(create=True, size=1)
+    try:
+        assert len(shared_memory_of(os.getpid()) - before) == 1
+    finally:
+        memory.close()
+        memory.unlink()
+    assert shared_memory_of(os.getpid()) == before
 
 
 def test_nothing_grows(tiny, tmp_path, capsys):
@@ -55,7 +83,7 @@ def test_nothing_grows(tiny, tmp_path, capsys):
                 if started.is_running() and steps_begun(run) >= WARM * STEPS:
                     try:
                         samples.append(sample(run, processes))
-                    except (psutil.Error, TypeError, AttributeError):  # it has just ended
+                    except (psutil.Error, TypeError, AttributeError, OSError):  # it has just ended
                         break
                 time.sleep(1)
             assert started.wait(1200) == [0, 0], started.output()[-3000:]
