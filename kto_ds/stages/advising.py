@@ -3,7 +3,7 @@
 from kto_ds.advice import LabelCounts, advice
 from kto_ds.artifacts import read_json
 from kto_ds.config import RunConfig
-from kto_ds.data.split_report import REPORT
+from kto_ds.data.dataset import REPORT
 
 
 def advice_lines(config: RunConfig) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from kto_ds.report.distributions import LENGTH_BUCKETS, LOGRATIO_EDGES, distribution_metrics, length_correlation, logratio_counts, rewards_by_length
 from kto_ds.report.metrics import StepResult, reward_auc
 from kto_ds.report.metrics_file import MetricsFile, read_records
-from kto_ds.report.wandb_upload import named
+from kto_ds.report.wandb_follow import named
 
 
 def a_step(num_examples: int, seed: int, *, longest: int = 20_000) -> StepResult:
