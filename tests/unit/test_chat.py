@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kto_ds import cli
 from kto_ds.config import GenerateConfig, LoraConfig

@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
