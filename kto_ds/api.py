@@ -83,6 +83,6 @@ def launch(command: str, config: RunConfig, *, num_ranks: int) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         write_yaml(config, file)
         file.flush()
-        exit_code = run_module("deepspeed.launcher.runner", launcher_arguments(command, Path(file.name), num_ranks=num_ranks))
+        exit_code = run_module("deepspeed.launcher.runner", launcher_arguments([command, "--config", file.name], num_ranks=num_ranks))
     if exit_code:
         raise KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")

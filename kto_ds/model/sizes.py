@@ -13,7 +13,7 @@ from kto_ds.config import ModelConfig
 from kto_ds.model.lora import add_adapters
 from kto_ds.model.placement import FOUR_BIT_BYTES
 from kto_ds.model.policy import decoder_layers
-from kto_ds.model.support import experts_of_a_token, num_experts
+from kto_ds.model.support import DTYPES, experts_of_a_token, num_experts
 
 
 class LayerWidths(NamedTuple):
@@ -88,8 +88,11 @@ def model_sizes(lm: PreTrainedModel) -> ModelSizes:
     )
 
 
-def sizes_in_4_bits(sizes: ModelSizes, lm: PreTrainedModel, weight_bytes: int) -> ModelSizes:
-    """Return the sizes as memory sees them with model.load_in_4bit: elements of `weight_bytes` that packed matrices take, and beside them their scales and the one that is whole at a time."""
+def sizes_in_memory(sizes: ModelSizes, lm: PreTrainedModel, model: ModelConfig) -> ModelSizes:
+    """Return the sizes as memory sees them. With model.load_in_4bit: elements of model.dtype that packed matrices take, and beside them their scales and the one that is whole at a time."""
+    if not model.load_in_4bit:
+        return sizes
+    weight_bytes = DTYPES[model.dtype].itemsize
     head = lm.get_output_embeddings()
     matrices = {id(module.weight): module.weight.numel() for module in lm.modules() if type(module) is nn.Linear and module is not head and not module.weight.requires_grad}
     scales = (FOUR_BIT_BYTES - 0.5) * sum(matrices.values())

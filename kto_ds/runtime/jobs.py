@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from kto_ds.launching import own_job_environment, shell_exit_code
 from kto_ds.runtime.signals import listening
 
 # In the environment of all processes of a command, on whichever host, to know them by.
@@ -16,7 +17,7 @@ LAUNCH = "KTO_LAUNCH"
 LOOK_SECONDS = 0.2
 
 
-def run_job(command: list[str], environment: dict[str, str]) -> tuple[int, str | None]:
+def run_job(command: list[str]) -> tuple[int, str | None]:
     """Run a command to its end and return (exit code, the name of a signal that came meanwhile).
 
     Each stopping signal is handed on as SIGUSR1 to those of its processes that have a handler for it, once there is one. DeepSpeed's own have none,
@@ -28,15 +29,14 @@ def run_job(command: list[str], environment: dict[str, str]) -> tuple[int, str |
     with listening(lambda signum: heard.append(signum.name)):
         # A session of its own: Ctrl-C is for this process alone.
         process = subprocess.Popen(
-            ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *command], env={**environment, LAUNCH: launch}, stdin=subprocess.DEVNULL, start_new_session=True
+            ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *command], env={**own_job_environment(), LAUNCH: launch}, stdin=subprocess.DEVNULL, start_new_session=True
         )  # fmt: skip
         while process.poll() is None:
             if num_handed < len(heard):
                 num_handed += _ask_to_stop(launch)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LOOK_SECONDS)
-    code = process.returncode
-    return (code if code >= 0 else 128 - code), heard[0] if heard else None
+    return shell_exit_code(process.returncode), heard[0] if heard else None
 
 
 def _ask_to_stop(launch: str) -> bool:

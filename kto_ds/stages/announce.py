@@ -9,7 +9,7 @@ from kto_ds.model.checkpointing import in_words
 from kto_ds.model.flops import peak_flops
 from kto_ds.model.memory import Load, peak_memory
 from kto_ds.model.scoring import Serving
-from kto_ds.model.sizes import ModelSizes, model_sizes, sizes_in_4_bits, skeleton
+from kto_ds.model.sizes import ModelSizes, model_sizes, sizes_in_memory, skeleton
 from kto_ds.model.states import read_zero
 from kto_ds.model.support import DTYPES
 from kto_ds.report.metrics_file import METRICS_FILE, read_records
@@ -30,7 +30,7 @@ def announce(
     """Print what will run, before weights are read."""
     lm = skeleton(config.model, model_config)
     sizes = model_sizes(lm)
-    held = sizes_in_4_bits(sizes, lm, DTYPES[config.model.dtype].itemsize) if config.model.load_in_4bit else sizes
+    held = sizes_in_memory(sizes, lm, config.model)
     origin = "the model's config" if config.model.router_aux_loss_coef is None else "model.router_aux_loss_coef"
     opening = Opening(
         model=config.model.path, dtype=config.model.dtype, num_parameters=sizes.total, num_trainable=sum(sizes.trainable),

@@ -128,7 +128,7 @@ def _run_single(command: str, config: Path) -> None:
 def _run_ranks(command: str, config: Path, num_ranks: int) -> None:
     if torch.cuda.is_available():
         num_ranks = min(num_ranks, torch.cuda.device_count())
-    _run("deepspeed", "deepspeed.launcher.runner", launcher_arguments(command, config, num_ranks=num_ranks))
+    _run("deepspeed", "deepspeed.launcher.runner", launcher_arguments([command, "--config", str(config)], num_ranks=num_ranks))
 
 
 def _run(program: str, module: str, arguments: list[str]) -> None:

@@ -19,7 +19,7 @@ from kto_ds.model.hardware import FAST_LINK, GPUS_OF_A_NODE, SLOW_LINK, Gpu, exp
 from kto_ds.model.memory import Load, Peak, peak_memory
 from kto_ds.model.policy import Policy
 from kto_ds.model.placement import GIB
-from kto_ds.model.sizes import ModelSizes, model_sizes, sizes_in_4_bits, skeleton
+from kto_ds.model.sizes import ModelSizes, model_sizes, sizes_in_memory, skeleton
 from kto_ds.model.states import Zero, checkpoint_bytes, offloaded_parameters, read_zero, require_partial_offload
 from kto_ds.model.support import DTYPES, choose_layout, find_model_config, longest_servable
 from kto_ds.report.plan_view import plot_plan, show_plan
@@ -74,7 +74,7 @@ def make_plan(config: RunConfig, kind: str, counts: tuple[int, ...]) -> dict:
     model_config = find_model_config(config.model)
     lm = skeleton(config.model, model_config)
     sizes = model_sizes(lm)
-    held = sizes_in_4_bits(sizes, lm, DTYPES[config.model.dtype].itemsize) if config.model.load_in_4bit else sizes
+    held = sizes_in_memory(sizes, lm, config.model)
     shape = model_shape(Policy(lm), model_config)
     if shape and sizes.active < sizes.total:
         shape = shape._replace(layer_weights=sizes.active - sizes.embedding - sizes.head)

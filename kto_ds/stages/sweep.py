@@ -21,9 +21,9 @@ from kto_ds.config import RunConfig
 from kto_ds.config_data import HELD_OUT
 from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml
 from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt
+from kto_ds.launching import launcher_arguments
 from kto_ds.redaction import redact_values
 from kto_ds.report.screen import duration
-from kto_ds.runtime.collectives import free_port
 from kto_ds.runtime.jobs import run_job
 from kto_ds.stages.resume import ALLOWED, FIXED, changes
 from kto_ds.staging import claim_folder
@@ -192,9 +192,8 @@ def _run(sweep: Sweep, command: str, options: dict[str, object], *, num_ranks: i
     alone = sweep._replace(num_ranks=num_ranks)
     print(f"\n$ {shlex.join(_typed(alone, command, options))}", flush=True)
     arguments = _arguments(sweep, command, options)
-    ranks = ["deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "kto_ds"]
-    module = ["kto_ds", *arguments] if num_ranks == 1 else [*ranks, *arguments]
-    code, signal_name = run_job([sys.executable, "-m", *module], {"OMP_NUM_THREADS": "1", **os.environ})
+    module = ["kto_ds", *arguments] if num_ranks == 1 else ["deepspeed.launcher.runner", *launcher_arguments(arguments, num_ranks=num_ranks)]
+    code, signal_name = run_job([sys.executable, "-m", *module])
     if signal_name or code == EXIT_PREEMPTED:
         raise Preempted(f"{signal_name or f'exit code {code}'}: the sweep is stopped; start the same command again to go on")
     return code

@@ -156,10 +156,10 @@ def test_a_signal_reaches_the_processes_that_listen():
     launcher = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-S', '-c', {('import time; time.sleep(0.5); ' + LISTENER)!r}]).returncode)"
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert run_job([sys.executable, "-S", "-c", launcher], dict(os.environ)) == (75, "SIGTERM")
+    assert run_job([sys.executable, "-S", "-c", launcher]) == (75, "SIGTERM")
     assert time.monotonic() - began < 40
-    assert run_job([sys.executable, "-S", "-c", "import sys; sys.exit(3)"], dict(os.environ)) == (3, None)
-    assert run_job([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ)) == (137, None)
+    assert run_job([sys.executable, "-S", "-c", "import sys; sys.exit(3)"]) == (3, None)
+    assert run_job([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]) == (137, None)
 
 
 @pytest.fixture(scope="module")
