@@ -17,6 +17,7 @@ from kto_ds.config_text import explain, write_yaml
 from kto_ds.errors import KtoError, UserError
 from kto_ds.launching import launcher_arguments, run_module
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
+from kto_ds.staging import release_folders
 
 
 def make_config(**sections: object) -> RunConfig:
@@ -43,31 +44,31 @@ def plan(config: RunConfig, *, gpu: str = "H100", num_gpus: int = 8) -> dict:
 
 def prepare(config: RunConfig) -> Path:
     """Make the dataset artefact and return its folder."""
-    cli.load_stage("prepare")(config)
+    _run("prepare", config)
     return config.dataset_dir
 
 
 def precompute_ref(config: RunConfig) -> Path:
     """Score all pairs with the reference model, as far as they are not scored yet, and return the folder of the reference artefact."""
-    cli.load_stage("precompute-ref")(config)
+    _run("precompute-ref", config)
     return config.reference_dir
 
 
 def train(config: RunConfig, *, accept_changes: bool = False, max_wall_time: str | None = None) -> list[Record]:
     """Train to the end, from the newest checkpoint if there is one, and return the records of metrics.jsonl. The options are those of `kto-ds train`."""
-    cli.load_stage("train")(config, accept_changes=accept_changes, max_wall_time=max_wall_time)
+    _run("train", config, accept_changes=accept_changes, max_wall_time=max_wall_time)
     return metrics(config)
 
 
 def evaluate(config: RunConfig) -> dict[str, dict[str, float]]:
     """Score the evaluation splits with the export, or with eval.path, and return the metrics of each."""
-    cli.load_stage("evaluate")(config)
+    _run("evaluate", config)
     return json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))["splits"]
 
 
 def export(config: RunConfig, *, checkpoint: str = "latest", merge: bool = False) -> Path:
     """Write a checkpoint as a Hugging Face folder and return that. The options are those of `kto-ds export`."""
-    cli.load_stage("export")(config, checkpoint=checkpoint, merge=merge)
+    _run("export", config, checkpoint=checkpoint, merge=merge)
     return config.merged_dir if merge else config.export_dir
 
 
@@ -86,3 +87,11 @@ def launch(command: str, config: RunConfig, *, num_ranks: int) -> None:
         exit_code = run_module("deepspeed.launcher.runner", launcher_arguments([command, "--config", file.name], num_ranks=num_ranks))
     if exit_code:
         raise KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")
+
+
+def _run(command: str, config: RunConfig, **options: object) -> None:
+    """Run a stage in this process, which lives on: a command of its own may write to the same folder afterwards."""
+    try:
+        cli.load_stage(command)(config, **options)
+    finally:
+        release_folders()

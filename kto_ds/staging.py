@@ -54,11 +54,17 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def claim_folder(folder: Path) -> None:
-    """Make the folder of a run and keep other runs out of it for as long as this process lives; UserError when one is in it already."""
+    """Make the folder of a run and keep other runs out of it until release_folders, or the end of this process; UserError when one is in it already."""
     if folder.resolve() in _locks:
         return
     remedy = "wait for it, end it, or choose another output_dir"
     _locks[folder.resolve()] = _lock(folder / ".lock", where=folder, remedy=remedy)
+
+
+def release_folders() -> None:
+    """Let others into the folders that this process has claimed."""
+    while _locks:
+        os.close(_locks.popitem()[1])
 
 
 def _lock(path: Path, *, where: Path, remedy: str) -> int:

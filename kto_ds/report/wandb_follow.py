@@ -9,11 +9,11 @@ import wandb
 from kto_ds.report import wandb_alerts
 from kto_ds.report.metric_names import SECTIONS, axis_of, panel_names
 from kto_ds.report.metrics_file import METRICS_FILE, Record, whole_records
+from kto_ds.report.samples_file import SAMPLES_FILE
 from kto_ds.report.wandb_alerts import Alert, StillRanks
 
 POLL_SECONDS = 0.5
 STATUS_SECONDS = 10.0  # that the status of a run has to say how it ended
-SAMPLES_FILE = "samples.jsonl"
 SAMPLE_COLUMNS = ("step", "row", "label", "prompt", "before", "completion", "dataset_completion", "reward")
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -162,7 +161,7 @@ def _answered(chat: Chat, histories: dict[str, Messages], question: str, seed: i
     asked = {name: [*history, {"role": "user", "content": question}] for name, history in histories.items()}
     try:
         prompts = {name: _prompt_ids(chat, messages) for name, messages in asked.items()}
-    except (TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # a template is a program, which raises what its author thought of
         tell(chat.console, f"the chat template refuses this conversation: {excerpt(str(error), limit=400)}; /reset or /undo")
         return histories
     longest = max(map(len, prompts.values())) + chat.way.max_new_tokens

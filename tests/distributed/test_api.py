@@ -1,6 +1,7 @@
 """kto_ds from Python: the program of docs/python.md as it stands, a command on two ranks, and what mistakes raise."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,10 @@ pytestmark = pytest.mark.distributed
 
 def test_the_program_on_the_page(tiny, tmp_path):
     [program] = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.language == "python"]
-    places = {'"Qwen/Qwen3-0.6B"': f'"{tiny / "model"}"', '"thumbs.jsonl"': f'"{tiny / "rows.jsonl"}"'}
+    model = shutil.copytree(tiny / "model", tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 2048}))  # which max_length is unless the program says otherwise
+    places = {'"Qwen/Qwen3-0.6B"': f'"{model}"', '"thumbs.jsonl"': f'"{tiny / "rows.jsonl"}"'}
     for shown, here in places.items():
         assert program.count(shown) == 1
         program = program.replace(shown, here)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kto_ds import cli
+from kto_ds import api
 from tests.distributed.runs import conversation, number_tokenizer, write_config, write_rows, write_zero
 
 TIMINGS = {"tokens_per_second", "seconds", "seconds/kl", "seconds/policy", "seconds/update", "seconds/host", "tflops", "mfu", "hfu", "peak_memory_gib"}
@@ -39,7 +39,7 @@ def make_tiny_run(folder: Path) -> Path:
         checkpoint={"save_steps": SAVE_STEPS, "save_total_limit": 2},
         deepspeed={"config": write_zero(folder, 3)},
     )
-    assert cli.run(["prepare", *config_of(folder)]) == 0
+    api.prepare(api.read_config(folder / "run.yaml"))
     return folder
 
 

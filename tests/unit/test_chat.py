@@ -197,7 +197,11 @@ def test_ctrl_c_breaks_an_answer_off_and_takes_the_question_back(folder, monkeyp
             yield hear_and_press
 
     monkeypatch.setattr("kto_ds.stages.chat.hearing", interrupted)
-    transcript = chat(folder, monkeypatch, capsys, "t5 t6", "t8")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        transcript = chat(folder, monkeypatch, capsys, "t5 t6", "t8")
+    finally:
+        signal.signal(signal.SIGINT, before)
     lm = AutoModelForCausalLM.from_pretrained(folder / "run/export", dtype=torch.float32).eval()
     assert "broken off, and taken back" in transcript
     assert answers_of(transcript.partition("taken back")[2], "policy") == [shown(greedy(lm, [8]))]

@@ -111,4 +111,4 @@ def test_a_record_stays_small_and_comes_back_as_it_was(tmp_path):
 
 def test_wandb_gets_the_numbers_and_no_lists():
     record = {"split": "train", "step": 1, **distribution_metrics([a_step(32, seed=5)])}
-    assert named(record).keys() == {"step", "train/rewards/auc", "train/length_correlation/chosen", "train/length_correlation/rejected"}
+    assert named(record).keys() == {"train/step", "train/rewards/auc", "train/length_correlation/chosen", "train/length_correlation/rejected"}

@@ -103,7 +103,8 @@ def totals(output: str) -> list[list[int]]:
 # the whole command
 
 
-def test_texts_partners_counts_and_picture(tmp_path, capsys):
+def test_texts_partners_counts_and_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # the folder's name may be long
     config = save_run(tmp_path, {"train": make_split(numbered_rows(8))})
     output = inspect(config, capsys, num_rows=5)
     for index in range(8):
