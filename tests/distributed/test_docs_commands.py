@@ -94,7 +94,7 @@ def test_a_command_that_is_shown_runs(folder, words):
         place = folder / f"moving{SHOWN.index(words)}"
         place.mkdir()
         (place / "kto.yaml").symlink_to(folder / "kto.yaml")
-    elif words[0] not in ("report", "--help") and "--config" not in words:
+    elif words == ("report",) or words[0] not in ("report", "--help") and "--config" not in words:
         words = (*words, "--config", "run.yaml")  # in a sentence it is left out
     given = [found for word in words for found in (sorted(glob.glob(word, root_dir=folder)) if "*" in word else [word.replace("/shared/run.yaml", "run.yaml")])]
     output = ranks.require_success([place, *given], log=folder / "log", num_ranks=1, program=run_in)
