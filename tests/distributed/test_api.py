@@ -9,7 +9,8 @@ import pytest
 
 from kto_ds import api
 from kto_ds.errors import KtoError, UserError
-from tests.distributed.runs import ROOT, environment, read_metrics
+from kto_ds.report.metrics_file import read_records
+from tests.distributed.runs import ROOT, environment
 from tests.distributed.tiny_run import make_tiny_run, status_of
 from tests.unit.test_docs_data import blocks
 
@@ -28,7 +29,7 @@ def test_the_program_on_the_page(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     run = tmp_path / "runs" / "mine"
-    margin = read_metrics(run)[-1]["rewards/margins"]
+    margin = read_records(run / "metrics.jsonl")[-1]["rewards/margins"]
     auc = json.loads((run / "evaluation.json").read_text())["splits"]["eval/held_out"]["rewards/auc"]
     lines = done.stdout.splitlines()
     assert lines[-1] == str(auc) and any(line == f"{margin} runs/mine/export" for line in lines)
