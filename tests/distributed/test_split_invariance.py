@@ -18,7 +18,8 @@ from tests.distributed.runs import conversation, number_tokenizer, read_metrics,
 
 pytestmark = pytest.mark.distributed
 
-RANKS, STAGES, LAYOUTS = (1, 2), (0, 1, 2, 3), ("prefix_shared", "packed", "padded")
+RANKS, LAYOUTS = (1, 2), ("prefix_shared", "packed", "padded")
+STAGES, SLOW_STAGES = (0, 3), (1, 2)
 BUDGETS = {"one": 4096, "several": 90}  # tokens of a micro-batch; 90 is a little more than the longest pair
 # AdamW's first update is lr * g / (|g| + eps). With lr = eps = 1000 that is g to within |g| / 1000, the same for every split, so that weights
 # before and after the step show the gradient.
@@ -58,7 +59,8 @@ EXTRAS = {
     "checkpointed": {1: ["--model.gradient_checkpointing", "false"], 2: ["--model.gradient_checkpointing_every", "2", "--model.gradient_checkpointing_offload", "true"]},
 }
 # Rows that two ranks share, none of which has room for the longest pair by itself, on one group of ranks and on two.
-SHARED = {(2, stage, layout) for stage in STAGES for layout in ("prefix_shared", "packed")} | {(4, 3, "prefix_shared")}
+SHARED = [(2, stage, layout) for stage in STAGES for layout in ("packed", "prefix_shared")] + [(4, 3, "prefix_shared")]
+SLOW_SHARED = [(2, stage, layout) for stage in SLOW_STAGES for layout in ("packed", "prefix_shared")]
 SHARED_BUDGET = 48
 
 
@@ -68,7 +70,7 @@ def name_of(*parts) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """One optimizer step of every combination, each a run folder named ranks-stage-budget-layout."""
+    """One optimizer step of every combination but those of SLOW_STAGES, each a run folder named ranks-stage-budget-layout."""
     folder = tmp_path_factory.mktemp("split")
     torch.manual_seed(0)
     shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
@@ -83,26 +85,37 @@ def runs(tmp_path_factory) -> Path:
     config = ["--config", str(folder / "run.yaml")]
     assert cli.run(["prepare", *config]) == 0
     run_commands(folder, [["precompute-ref", *config]], num_ranks=1)
-    for num_ranks in RANKS:
-        commands = [
-            ["train", *config, "--output_dir", folder / name_of(num_ranks, stage, budget, layout), "--deepspeed.config", write_zero(folder, stage),
-             "--batch.max_tokens_per_microbatch", BUDGETS[budget], "--model.layout", layout]
-            for stage, budget, layout in itertools.product(STAGES, BUDGETS, LAYOUTS)
-        ]  # fmt: skip
-        stage = 0 if num_ranks == 1 else 3
+    _take_steps(folder, STAGES, SHARED)
+    for num_ranks, stage in zip(RANKS, (0, 3)):
+        commands = []
         for extra, options in EXTRAS.items():
             options = [str(folder / option) if option == "tied" else option for option in options[num_ranks]]
             run = ["--output_dir", folder / name_of(extra, num_ranks), "--deepspeed.config", write_zero(folder, stage), "--batch.max_tokens_per_microbatch", 96]
             commands.append(["train", *config, *run, *options])
         run_commands(folder, commands, num_ranks=num_ranks)
-    for num_ranks in (2, 4):
-        commands = [
-            ["train", *config, "--output_dir", folder / name_of("shared", *shared), "--deepspeed.config", write_zero(folder, shared[1]), "--model.layout", shared[2],
-             "--batch.max_tokens_per_microbatch", SHARED_BUDGET, "--batch.sequence_parallel_size", 2]
-            for shared in SHARED if shared[0] == num_ranks
-        ]  # fmt: skip
-        run_commands(folder, commands, num_ranks=num_ranks)
     return folder
+
+
+@pytest.fixture(scope="module")
+def slow_runs(runs) -> Path:
+    _take_steps(runs, SLOW_STAGES, SLOW_SHARED)
+    return runs
+
+
+def _take_steps(folder: Path, stages: tuple[int, ...], shared: list[tuple[int, int, str]]) -> None:
+    config = ["--config", str(folder / "run.yaml")]
+    for num_ranks in (*RANKS, 4):
+        commands = [
+            ["train", *config, "--output_dir", folder / name_of(num_ranks, stage, budget, layout), "--deepspeed.config", write_zero(folder, stage),
+             "--batch.max_tokens_per_microbatch", BUDGETS[budget], "--model.layout", layout]
+            for stage, budget, layout in itertools.product(stages, BUDGETS, LAYOUTS) if num_ranks in RANKS
+        ] + [
+            ["train", *config, "--output_dir", folder / name_of("shared", *split), "--deepspeed.config", write_zero(folder, split[1]), "--model.layout", split[2],
+             "--batch.max_tokens_per_microbatch", SHARED_BUDGET, "--batch.sequence_parallel_size", 2]
+            for split in shared if split[0] == num_ranks
+        ]  # fmt: skip
+        if commands:
+            run_commands(folder, commands, num_ranks=num_ranks)
 
 
 def weights_after(run: Path) -> dict[str, torch.Tensor]:
@@ -118,10 +131,25 @@ def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layou
     require_same_step(runs, runs / name_of(num_ranks, stage, budget, layout))
 
 
-@pytest.mark.parametrize("shared", sorted(SHARED))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("stage", SLOW_STAGES)
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_nor_at_the_stages_between(slow_runs, num_ranks, stage, budget, layout):
+    require_same_step(slow_runs, slow_runs / name_of(num_ranks, stage, budget, layout))
+
+
+@pytest.mark.parametrize("shared", SHARED)
 def test_nor_on_how_many_ranks_share_a_row(runs, shared):
     assert TokenizedSplit.load(runs / "dataset" / "train").longest_pair_tokens > SHARED_BUDGET
     require_same_step(runs, runs / name_of("shared", *shared))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", SLOW_SHARED)
+def test_nor_there_on_how_many_ranks_share_a_row(slow_runs, shared):
+    require_same_step(slow_runs, slow_runs / name_of("shared", *shared))
 
 
 def require_same_step(runs: Path, split: Path) -> None:

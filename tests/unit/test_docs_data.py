@@ -22,7 +22,7 @@ from kto_ds.rows.shapes import SHAPES
 from kto_ds.rows.sources import read_blocks
 from tests.distributed.runs import ROOT, write_config
 
-DATA, README = ROOT / "docs" / "data.md", ROOT / "README.md"
+DATA, README, QUICKSTART = ROOT / "docs" / "data.md", ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 LEFT_OUT = {"output_dir": "run", "model": {"path": "model"}, "data": {"train": [{"path": "rows.jsonl"}]}}  # what a block need not repeat
 
 
@@ -39,7 +39,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def configs(page: Path) -> list[dict]:
-    return [LEFT_OUT | YAML(typ="safe").load(block.text) for block in blocks(page) if block.language == "yaml"]
+    return [LEFT_OUT | YAML(typ="safe").load(block.text) for block in blocks(page) if block.language == "yaml" and not block.file]
 
 
 def load(values: dict, folder: Path) -> RunConfig:
@@ -67,7 +67,7 @@ def rows_of(page: Path, folder: Path) -> Iterator[tuple[dict, str, RowRules]]:
                 yield row, f"{name}:{number}", rules
 
 
-@pytest.mark.parametrize("page", [DATA, README], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [DATA, README, QUICKSTART], ids=lambda page: page.name)
 def test_every_row_shown_is_read(page, tmp_path):
     records = {where: to_records(row, where, rules) for row, where, rules in rows_of(page, tmp_path)}
     assert len(records) >= (15 if page == DATA else 2)
@@ -92,7 +92,7 @@ def test_two_files_say_what_the_page_says(tmp_path):
     assert [(len(record.prompt), record.desirable) for record in found["turns.jsonl"]] == [(1, True), (3, False), (3, True)]
 
 
-@pytest.mark.parametrize("values", [*configs(DATA), *configs(README)])
+@pytest.mark.parametrize("values", [values for page in [README, *sorted((ROOT / "docs").glob("*.md"))] for values in configs(page)])
 def test_every_config_shown_loads(values, tmp_path):
     config = load(values, tmp_path)
     shown = {key for source in values["data"]["train"] for key in source}
