@@ -26,7 +26,7 @@ def kto_terms(
 ) -> KTOTerms:
     """Return w * (1 - sigmoid(s * beta * (logratio - z))) per example, with s = +1 and w = lambda_D for desirable ones, s = -1 and w = lambda_U else.
 
-    A label is a sign and a weight, so a batch of one label is nothing special. Equation 8 of the KTO paper; for z = 0 it is APO-zero,
+    A label is a sign and a weight, so a batch of one label is nothing special. Equation 7 of the KTO paper; for z = 0 it is APO-zero,
     since 1 - sigmoid(-x) = sigmoid(x).
     """
     assert logratios.dtype == torch.float32, f"logratios must be float32, found {logratios.dtype}"

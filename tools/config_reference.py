@@ -1,8 +1,9 @@
-"""Write docs/config.md, every key of a run's config, from the schema itself: python tools/config_reference.py > docs/config.md"""
+"""Write docs/config.md, every key of a run's config, from the schema itself."""
 
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -13,13 +14,15 @@ from pydantic.fields import FieldInfo
 from kto_ds.config import RunConfig
 from kto_ds.stages.resume import ALLOWED, FIXED
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 HEAD = """\
 # Every key of a config
 
-Made from the schema by `python tools/config_reference.py > docs/config.md`; `kto-ds <command> --help` says the same. A key is set in RUN.yaml, or as an option: `--optim.learning_rate 5e-7`.
+Made from the schema by `python tools/config_reference.py`; `kto-ds <command> --help` says the same. A key is set in RUN.yaml, or as an option: `--optim.learning_rate 5e-7`.
 An unknown key, or a value of another kind, is an error that names the nearest key. `kto-ds train --config RUN.yaml --print-config` prints all of them with the values of a run.
 
-The last column says what a run that goes on from a checkpoint does when the key has another value than before: *fixed* refuses, *flag* asks for `--accept-changes`, nothing says what changed and goes on.
+The last column says what a run that goes on from a checkpoint does when the key has another value than before: *fixed* refuses, *flag* asks for `--accept-changes`, nothing says what changed and goes on; but a
+change of rows, limits, template or reference is refused all the same, by the digests of what was trained on.
 """
 KINDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
@@ -89,4 +92,4 @@ def _on_resume(key: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page(), encoding="utf-8")

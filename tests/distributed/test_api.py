@@ -1,6 +1,7 @@
 """kto_ds from Python: the program of docs/python.md as it stands, a command on two ranks, and what mistakes raise."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_commands_on_several_ranks(tmp_path, capfd):
     assert (config.train.max_steps, config.eval.eval_steps, config.loss.beta) == (2, None, 0.1)
     api.launch("precompute-ref", config, num_ranks=2)
     api.launch("train", config, num_ranks=2)
-    assert "2 ranks, ZeRO 3" in capfd.readouterr().out
+    assert re.search(r"ranks +2, ZeRO 3", capfd.readouterr().out)
     assert [record["step"] for record in api.metrics(config) if record["split"] == "train"] == [1, 2]
     with pytest.raises(KtoError, match="train on 2 ranks ended with exit code"):
         api.launch("train", config.model_copy(update={"seed": 7}), num_ranks=2)
