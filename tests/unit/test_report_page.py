@@ -318,15 +318,15 @@ def test_data_report_and_samples_are_shown(tmp_path):
 
 
 def test_many_long_samples_stay_few_and_short(tmp_path):
-    many = [{**SAMPLE, "step": step, "prompt": f"question {row}", "completion": "x" * 9000} for row in range(60) for step in range(1, 101)]
+    many = [{**SAMPLE, "step": step, "prompt": f"question {row}", "completion": "x" * 9000} for row in range(60) for step in range(1, 31)]
     run = make_run(tmp_path / "run", records_of(2), samples=many)
     assert report(run) == 0
     page_file = run / "report.html"
     assert page_file.stat().st_size < 600_000
     words = Parsed(page_file.read_text()).words
-    assert words.count("6 of 99 earlier") == 24 and "36 more prompts are in samples.jsonl." in words
+    assert words.count("6 of 29 earlier") == 24 and "36 more prompts are in samples.jsonl." in words
     steps = [int(word.split()[1].rstrip(",")) for word in words if word.startswith("step ")][:7]
-    assert steps[0] == 100 and (steps[1], steps[-1]) == (1, 99) and steps[1:] == sorted(steps[1:])
+    assert steps[0] == 30 and (steps[1], steps[-1]) == (1, 29) and steps[1:] == sorted(steps[1:])
 
 
 # safety
