@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from kto_ds.demo import base_model, task
 from kto_ds.errors import KtoError, UserError
@@ -76,6 +77,7 @@ def main(output_dir: Path, num_ranks: int = 2) -> None:
     _run_single("export", config)
     _run_single("evaluate", config)
 
+    disable_progress_bar()
     aligned = AutoModelForCausalLM.from_pretrained(output_dir / "export", dtype=torch.float32).to(device)
     after = base_model.measure_accuracy(aligned, tokenizer, test_prompts, seed=SEED)
     _print_table(output_dir, before=before, after=after, num_test_prompts=len(test_prompts), seconds=time.monotonic() - began)
