@@ -9,7 +9,10 @@ from kto_ds.errors import UserError, excerpt
 
 MEANING = "true marks a desirable completion, false an undesirable one"
 # Words that a remedy can be made of: the one for a desirable completion, and the other.
-OPPOSITES = (("true", "false"), ("yes", "no"), ("up", "down"), ("good", "bad"), ("positive", "negative"), ("like", "dislike"), ("thumbs_up", "thumbs_down"))
+OPPOSITES = (
+    ("true", "false"), ("yes", "no"), ("up", "down"), ("good", "bad"), ("positive", "negative"), ("like", "dislike"), ("liked", "disliked"), ("accepted", "rejected"),
+    ("right", "wrong"), ("correct", "incorrect"), ("thumbs_up", "thumbs_down"), ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}"),
+)  # fmt: skip
 MAX_PASTED = 60  # characters of a label in a remedy
 
 

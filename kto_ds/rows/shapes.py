@@ -15,7 +15,7 @@ TEMPLATE_FIELDS = frozenset({"system", "tools", "chat_template_kwargs"})
 ANSWER_NAMES = ("response", "answer", "reply", "output", "completion", "generation", "text")
 # How tables call our fields, the likeliest name first. These are proposed where a field is missing, never taken unasked.
 USUAL_NAMES = {
-    "prompt": ("question", "query", "instruction", "input", "request"),
+    "prompt": ("question", "query", "instruction", "input", "request", "user", "user_message", "message"),
     "completion": ANSWER_NAMES,
     "output": ANSWER_NAMES,
     "label": ("thumb", "thumbs", "rating", "feedback", "vote", "is_good", "good", "is_desirable", "desirable", "liked", "like", "score"),
@@ -156,9 +156,11 @@ def columns_hint(row: Row, fields: list[str]) -> str:
         return ""
     # The line takes the place of the one that the source has, so that it can be pasted.
     others = {name: column for name, column in row.rules.columns.items() if SECOND_NAMES.get(name, name) not in usual}
+    unknown = [field for field in fields if field not in usual]
+    also = f", and say there which column is {' and which is '.join(unknown)}" if unknown else ""
     if not all(column.isidentifier() and column.isascii() for column in others.values()):
-        return f"add to the source's columns: {_as_yaml(usual)}"
-    return f"set columns: {_as_yaml(others | usual)} on the source"
+        return f"add to the source's columns: {_as_yaml(usual)}{also}"
+    return f"set columns: {_as_yaml(others | usual)} on the source{also}"
 
 
 def _nearest(row: Row) -> list[Shape]:

@@ -536,6 +536,7 @@ def test_real_rows_are_read():
         ({"question": "q", "completion": "a", "label": True}, {"prompt": "query"}, {"prompt": "question"}),
         ({"prompt": "q", "completion": "a", "label": True}, {"prompt": "query"}, {"prompt": "prompt"}),
         ({"prompt": "q", "preferred": "a", "dispreferred": "b"}, {}, {"chosen": "preferred", "rejected": "dispreferred"}),
+        ({"user": "q", "reply": "a", "rating": True}, {}, {"prompt": "user", "completion": "reply", "label": "rating"}),
         ({"dialogue": ASK + GOOD, "rating": True}, {}, {"messages": "dialogue", "label": "rating"}),
         ({"prompt": "q", "completion": "a", "rating": True}, {}, {"label": "rating"}),
         ({"question": "q", "completion": "a", "rating": True}, {"prompt": "question", "kto_tag": "up"}, {"prompt": "question", "label": "rating"}),
@@ -546,6 +547,12 @@ def test_the_columns_that_a_row_needs_can_be_pasted(row, columns, proposed):
         to_records(row, "x", RowRules(columns=columns))
     assert pasted(caught.value.remedy, "set columns") == proposed
     assert to_records(row, "x", RowRules(columns=SourceConfig(path="x", columns=proposed).columns))
+
+
+def test_what_cannot_be_guessed_is_asked_for():
+    with pytest.raises(UserError) as caught:
+        to_records({"asked": "q", "reply": "a", "rating": True}, "x", RowRules())
+    assert "set columns: {completion: reply, label: rating} on the source, and say there which column is prompt;" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
