@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TextIO
 
 from rich.box import ROUNDED
@@ -32,7 +33,8 @@ def terminal_of(stream: TextIO) -> Terminal | None:
 
 def fit(terminal: Terminal) -> None:
     """Take the width of the stream itself: rich asks the streams of the process."""
-    terminal.width = os.get_terminal_size(terminal.file.fileno()).columns or DEFAULT_COLUMNS
+    with suppress(OSError):  # of a terminal that is gone
+        terminal.width = os.get_terminal_size(terminal.file.fileno()).columns or DEFAULT_COLUMNS
 
 
 def plain_lines(title: str, rows: Rows) -> list[str]:

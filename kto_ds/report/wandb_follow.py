@@ -13,7 +13,8 @@ from kto_ds.report.samples_file import SAMPLES_FILE
 from kto_ds.report.wandb_alerts import Alert, StillRanks
 
 POLL_SECONDS = 0.5
-STATUS_SECONDS = 10.0  # that the status of a run has to say how it ended
+# That the status of a run has to say how it ended. After an error of a collective it takes LOST_SECONDS of runtime/watch.py; what is left of FINISH_SECONDS is for the upload.
+STATUS_SECONDS = 30.0
 SAMPLE_COLUMNS = ("step", "row", "label", "prompt", "before", "completion", "dataset_completion", "reward")
 
 

@@ -15,8 +15,9 @@ from kto_ds.report.metric_names import panel_names
 from kto_ds.report.metrics_file import read_records
 from kto_ds.report.sinks import open_sinks
 from kto_ds.report.wandb_alerts import Alert, StillRanks
-from kto_ds.report.wandb_follow import named, samples_by_split
-from kto_ds.report.wandb_process import WandbProcess, wandb_order
+from kto_ds.report.wandb_follow import STATUS_SECONDS, named, samples_by_split
+from kto_ds.report.wandb_process import FINISH_SECONDS, WandbProcess, wandb_order
+from kto_ds.runtime.watch import LOST_SECONDS
 from tests.faults.wandb_files import entries_of, history_of
 
 BUSY_SECONDS = 300  # that a process may take on a machine that is busy with others
@@ -210,6 +211,10 @@ def test_how_a_run_ended_by_its_status(tmp_path, status, title):
     alert = wandb_alerts.of_end(tmp_path / "status.json")
     assert alert == title if title is None else alert.title == title
     assert wandb_alerts.has_ended(tmp_path / "status.json") == (status["state"] != "running")
+
+
+def test_an_error_of_a_collective_has_time_to_be_told_as_such():
+    assert LOST_SECONDS + 10 <= STATUS_SECONDS <= FINISH_SECONDS / 2
 
 
 def test_only_left_out_steps_of_a_record_raise_an_alert():
