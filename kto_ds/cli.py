@@ -24,6 +24,7 @@ from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml, writ
 from kto_ds.early import STOPPING, leave, leave_on_signals
 from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_UNEXPECTED, KtoError, Preempted, UserError
 from kto_ds.redaction import redact
+from kto_ds.streams import survive
 
 COMMANDS = {
     "plan": "parameters, memory, disk and time of the run on a kind of GPU, before anything is started",
@@ -124,6 +125,7 @@ def _own_option_hint(command: str, option: str) -> str:
 def program() -> None:
     """The `kto-ds` program: run the command line and end the process with the exit code; see errors.py for what the codes mean."""
     leave_on_signals()
+    survive()
     try:
         exit_code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -96,7 +96,7 @@ def _curves(chart: Chart, run: RunFiles, number: int, num_runs: int) -> list[dic
 
 def curve(label: str, points: Series, **about: object) -> dict:
     """Return a curve as page.js takes it; its label is told from those of the same run."""
-    return {"label": label, "x": points.steps, "y": points.values, "low": points.low, "high": points.high, "points_each": points.points_each, **about}
+    return {"label": label, "x": points.steps, "y": points.values, "low": points.low, "high": points.high, **about}
 
 
 def alt_text(chart: dict, names: list[str]) -> str:

@@ -90,13 +90,13 @@ class Console:
         head = self._progress(step)
         tail = f"{step / self._total_steps:4.0%}  {duration(now - self._began)}" + (f"  eta {duration(left)}" if self._last else "")
         line = Table.grid(padding=(0, 1), expand=True)
-        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True, overflow="crop")  # an ellipsis is not in every encoding
         if len(head) + len(tail) + ROOM_FOR_A_BAR <= width:
             line.add_column(ratio=1)
             line.add_row(head, ProgressBar(total=self._total_steps, completed=step), tail)
         else:
             line.add_row(f"{head} {tail}")
-        return Group(line, Text(fitting(shown(self._last or {}, SHOWN_BELOW), width), no_wrap=True, overflow="ellipsis"))
+        return Group(line, Text(fitting(shown(self._last or {}, SHOWN_BELOW), width), no_wrap=True, overflow="crop"))
 
 
 def shown(record: Record, columns: tuple[tuple[str, str, str], ...]) -> list[str]:

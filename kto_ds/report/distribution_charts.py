@@ -23,10 +23,10 @@ def heat_maps(runs: list[RunFiles]) -> list[dict]:
     maps = []
     for number, run in enumerate(runs):
         found = {label: _histograms(run.train, f"logratios/{label}") for label, _ in LABELS}
-        used = [np.flatnonzero(counts.sum(axis=0)) for _, counts in found.values() if len(counts)]
-        if not used:
+        used = np.flatnonzero(sum(counts.sum(axis=0) for _, counts in found.values()))
+        if not len(used):
             continue
-        low, high = min(bins[0] for bins in used), max(bins[-1] for bins in used) + 1  # one range for both labels
+        low, high = used[0], used[-1] + 1  # one range for both labels
         for place, (label, words) in enumerate(LABELS):
             steps, counts = found[label]
             if len(counts):
@@ -41,10 +41,14 @@ def heat_maps(runs: list[RunFiles]) -> list[dict]:
 
 
 def _histograms(records: list[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps [N] and counts [N, B] of the records that have this histogram; one with other bins is none."""
+    """Return steps [N] and counts [N, B] of the records that have this histogram; one with other bins is none, nor is one that counts nothing."""
     size = len(LOGRATIO_EDGES) + 1
-    rows = [(record["step"], record[metric]) for record in records if isinstance(record.get(metric), list) and len(record[metric]) == size and all(map(is_number, record[metric]))]
+    rows = [(record["step"], record[metric]) for record in records if _is_histogram(record.get(metric), size)]
     return np.array([step for step, _ in rows]), np.array([counts for _, counts in rows], dtype=np.int64).reshape(-1, size)
+
+
+def _is_histogram(value: object, size: int) -> bool:
+    return isinstance(value, list) and len(value) == size and all(map(is_number, value)) and sum(map(int, value)) > 0
 
 
 def heat_alt_text(chart: dict) -> str:

@@ -66,8 +66,11 @@
     return average(values).map((value, place) => (value + backwards[place]) / 2);
   };
 
+  // Not Math.min(...values): a browser takes only so many arguments.
+  const extremes = (values) => [values.reduce((least, value) => Math.min(least, value)), values.reduce((most, value) => Math.max(most, value))];
+
   const range = (values, padding) => {
-    let [low, high] = [Math.min(...values), Math.max(...values)];
+    let [low, high] = extremes(values);
     if (low === high) { const room = Math.abs(low) * 0.1 || 1; low -= room; high += room; }
     return [low - padding * (high - low), high + padding * (high - low)];
   };
@@ -81,7 +84,7 @@
     const [left, right, top, bottom] = [MARGIN.left, width - MARGIN.right, MARGIN.top, height - MARGIN.bottom];
     let [x0, x1] = chart.ticks ? [-0.4, chart.ticks.length - 0.6] : range(curves.flatMap((curve) => [curve.x[0], curve.x[curve.x.length - 1]]), 0);
     const levels = curves.flatMap((curve) => [...curve.y, ...(curve.low || []), ...(curve.high || [])]);
-    const [least, most] = [Math.min(...levels), Math.max(...levels)];
+    const [least, most] = extremes(levels);
     // A level to compare with is shown where it is near.
     const guide = chart.guide && (chart.guide.value - most < 3 * (most - least) && least - chart.guide.value < 3 * (most - least) || least === most) ? chart.guide : null;
     if (guide) levels.push(guide.value);

@@ -22,10 +22,6 @@ class RunFiles(NamedTuple):
     def train(self) -> list[Record]:
         return self.records.get("train", [])
 
-    @property
-    def evaluations(self) -> dict[str, list[Record]]:
-        return {split: records for split, records in self.records.items() if split != "train"}
-
 
 def by_split(records: Iterable[object]) -> dict[str, list[Record]]:
     """Sort records by split and step; of two with the same step the later one counts. What is no record is left out."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kto_ds.report.console import shown
 from kto_ds.report.metrics_file import METRICS_FILE, Record
-from kto_ds.report.screen import duration
+from kto_ds.report.screen import counted, duration
 
 GIB = 1024**3
 LAST_SHOWN = (("loss", "loss", ".4f"), ("margin", "rewards/margins", ".3g"), ("z", "kl", ".3g"), ("AUC", "rewards/auc", ".3f"))
@@ -50,7 +50,7 @@ class Opening(NamedTuple):
 
 def opening_title(opening: Opening) -> str:
     if opening.done_steps >= opening.num_steps:
-        return f"kto-ds train: nothing left to do of {opening.num_steps} steps"
+        return f"kto-ds train: nothing left to do of {counted(opening.num_steps, 'step')}"
     return f"kto-ds train: {'resuming' if opening.done_steps else 'starting'} at step {opening.done_steps + 1} of {opening.num_steps}"
 
 
@@ -63,7 +63,7 @@ def opening_rows(opening: Opening) -> list[Row]:
     rows = [
         ("model", opening.model),
         ("", f"{opening.num_parameters:,} parameters{trainable}, {opening.dtype}"),
-        ("data", f"{opening.num_examples:,} examples, {opening.global_batch_size} a step; {opening.num_steps:,} steps are {opening.num_epochs:.3g} epochs"),
+        ("data", f"{counted(opening.num_examples, 'example')}, {opening.global_batch_size} a step; {counted(opening.num_steps, 'step')} {'is' if opening.num_steps == 1 else 'are'} {counted(opening.num_epochs, 'epoch')}"),
         ("ranks", f"{opening.num_ranks}, ZeRO {opening.zero_stage} ({opening.deepspeed_config})"),
         ("batches", f"micro-batches of {opening.micro_batch_tokens:,} tokens, {opening.scoring_tokens:,} without gradients{shared}"),
         ("compute", f"{opening.way}; {opening.checkpointing}"),
@@ -87,7 +87,7 @@ class Closing(NamedTuple):
 
 
 def closing_title(closing: Closing) -> str:
-    return f"done: {closing.num_steps:,} steps, {duration(closing.seconds)} since this start"
+    return f"done: {counted(closing.num_steps, 'step')}, {duration(closing.seconds)} since this start"
 
 
 def closing_rows(closing: Closing) -> list[Row]:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TextIO
 
 from rich.box import ROUNDED
@@ -32,7 +33,8 @@ def terminal_of(stream: TextIO) -> Terminal | None:
 
 def fit(terminal: Terminal) -> None:
     """Take the width of the stream itself: rich asks the streams of the process."""
-    terminal.width = os.get_terminal_size(terminal.file.fileno()).columns or DEFAULT_COLUMNS
+    with suppress(OSError):  # of a terminal that is gone
+        terminal.width = os.get_terminal_size(terminal.file.fileno()).columns or DEFAULT_COLUMNS
 
 
 def plain_lines(title: str, rows: Rows) -> list[str]:
@@ -50,7 +52,7 @@ def show(title: str, rows: Rows, stream: TextIO | None = None) -> None:
         print("\n".join(plain_lines(title, rows)), file=stream, flush=True)
         return
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, overflow="crop")
     grid.add_column(overflow="fold")
     for label, value in rows:
         grid.add_row(Text(label), Text(value))
@@ -103,6 +105,12 @@ def work_line(what: str, done: int, total: int | None, unit: str, seconds: float
     if total is None or not rate:
         return f"{what}: {amount} {unit}, {tqdm.format_sizeof(rate)} {unit}/s"
     return f"{what}: {amount} of {tqdm.format_sizeof(total)} {unit}, {tqdm.format_sizeof(rate)} {unit}/s, eta {duration((total - done) / rate)}"
+
+
+def counted(number: float, thing: str) -> str:
+    """Return a number, to three digits where it is no whole one, and the thing in its singular or plural: 1 step, 12 steps."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+    return f"{text} {thing}{'' if text == '1' else 's'}"
 
 
 def duration(seconds: float) -> str:

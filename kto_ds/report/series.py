@@ -19,7 +19,6 @@ class Series(NamedTuple):
     values: list[float]
     low: list[float] | None
     high: list[float] | None
-    points_each: int  # of the record that stand behind a point here, at most
 
 
 def column(records: list[Record], *names: str) -> list[np.ndarray]:
@@ -36,10 +35,10 @@ def series(steps: np.ndarray, values: np.ndarray, errors: np.ndarray | None = No
     """Return a curve as it is, or shortened to the mean, the least and the largest of every stretch; `errors` are half-widths around the values."""
     low, high = (values, values) if errors is None else (values - errors, values + errors)
     if len(steps) <= MOST_POINTS:
-        return Series(rounded(steps), rounded(values), *((None, None) if errors is None else (rounded(low), rounded(high))), points_each=1)
+        return Series(rounded(steps), rounded(values), *((None, None) if errors is None else (rounded(low), rounded(high))))
     parts = np.array_split(np.arange(len(steps)), SHORT_POINTS)
     means, least, largest = ([function(array[part]) for part in parts] for function, array in ((np.mean, values), (np.min, low), (np.max, high)))
-    return Series(rounded([steps[part].mean() for part in parts]), rounded(means), rounded(least), rounded(largest), points_each=max(map(len, parts)))
+    return Series(rounded([steps[part].mean() for part in parts]), rounded(means), rounded(least), rounded(largest))
 
 
 def rounded(values: np.ndarray | list[float]) -> list[float]:

@@ -32,12 +32,18 @@ class Sinks:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        """Close all. An error is not kept waiting for wandb: other ranks may have it too, and would tell it if rank 0 did not."""
+        """Close all; the first error stays. It is not kept waiting for wandb: other ranks may have it too, and would tell it if rank 0 did not."""
+        first = error
         for sink in self._sinks:
-            if isinstance(sink, WandbProcess):
-                sink.close(CLOSE_SECONDS if error is None else 0, is_good=error is None)
-            else:
-                sink.close()
+            try:
+                if isinstance(sink, WandbProcess):
+                    sink.close(CLOSE_SECONDS if first is None else 0, is_good=first is None)
+                else:
+                    sink.close()
+            except Exception as failed:
+                first = first or failed
+        if first is not error:
+            raise first
 
 
 def open_sinks(
@@ -54,7 +60,7 @@ def open_sinks(
     console = Console(total_steps, done_steps)
     sinks: list[Sink] = [metrics, console]
     if report.tensorboard:
-        sinks.append(TensorBoard(output_dir / FOLDER, done_steps=done_steps, known=read_records(output_dir / METRICS_FILE), tell=console.tell))
+        sinks.append(TensorBoard(output_dir / FOLDER, known=read_records(output_dir / METRICS_FILE), tell=console.tell))
     if report.wandb.mode != "disabled":
         order = wandb_order(
             report.wandb, report.wandb.mode, output_dir=output_dir, run_config=run_config, sources=sources, watch_from=done_steps, stall_seconds=stall_seconds

@@ -1,6 +1,6 @@
 """The numbers of a run as TensorBoard reads them; metrics.jsonl is the record, this a view that may fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,27 +18,29 @@ def require_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Scalars on the axis of the optimizer steps. After a resume, TensorBoard shows no step twice."""
+    """Scalars on the axis of the optimizer steps. Every start writes them all anew, so that TensorBoard shows no step twice, and none is missing."""
 
-    def __init__(self, folder: Path, *, done_steps: int, known: list[Record], tell: Callable[[str], None]):
-        """`known`: the records of the steps that are done, for a folder that has none of them."""
+    def __init__(self, folder: Path, *, known: Sequence[Record], tell: Callable[[str], None]):
+        """`known`: the records of the steps that are done."""
         self._tell, self._writer = tell, None
-        has_events = any(folder.glob("events.*"))
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(folder, purge_step=done_steps + 1)
+            self._writer = SummaryWriter(folder, purge_step=0)  # from here on TensorBoard hides what earlier starts have written
         except (OSError, ImportError) as error:
             self._give_up(error)
-        for record in [] if has_events else known:
-            self.log(record)
+        self._write(known)
 
     def log(self, record: Record) -> None:
+        self._write([record])
+
+    def _write(self, records: Sequence[Record]) -> None:
         if self._writer is None:
             return
         try:
-            for name, value in panel_names(record).items():
-                self._writer.add_scalar(name, value, record["step"])
+            for record in records:
+                for name, value in panel_names(record).items():
+                    self._writer.add_scalar(name, value, record["step"])
             self._writer.flush()
         except OSError as error:
             self._give_up(error)

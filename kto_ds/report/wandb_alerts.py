@@ -59,6 +59,10 @@ def has_ended(status_file: Path) -> bool:
     return _read(status_file).get("state") != "running"
 
 
+def has_failed(status_file: Path) -> bool:
+    return _read(status_file).get("state") == "failed"
+
+
 def _read(path: Path) -> dict:
     """Return the JSON object in a file that may go or change at any time; an empty one where there is none."""
     try:

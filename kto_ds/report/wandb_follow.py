@@ -13,7 +13,9 @@ from kto_ds.report.samples_file import SAMPLES_FILE
 from kto_ds.report.wandb_alerts import Alert, StillRanks
 
 POLL_SECONDS = 0.5
-STATUS_SECONDS = 10.0  # that the status of a run has to say how it ended
+NO_VERSION = (0, 0)  # of a file that is not there
+# That the status of a run has to say how it ended. After an error of a collective it takes LOST_SECONDS of runtime/watch.py; what is left of FINISH_SECONDS is for the upload.
+STATUS_SECONDS = 30.0
 SAMPLE_COLUMNS = ("step", "row", "label", "prompt", "before", "completion", "dataset_completion", "reward")
 
 
@@ -24,6 +26,7 @@ def follow(run: wandb.Run, folder: Path, ended: threading.Event, *, watch_from: 
     """
     present, done, rest, known_until = run.step, 0, b"", -1
     tables_until: dict[str, int] = {}  # steps
+    samples_seen = NO_VERSION
     splits: set[str] = set()
     ranks = StillRanks(folder / "ranks", stall_seconds)
     with (folder / METRICS_FILE).open("rb") as file:
@@ -42,7 +45,9 @@ def follow(run: wandb.Run, folder: Path, ended: threading.Event, *, watch_from: 
                     if watch_from is not None and record["step"] > watch_from:
                         alert(run, wandb_alerts.of_record(record))
                 done += 1
-            if done > present:  # a table joins the row that was logged last: with a step of its own it would take that of a line
+            samples_now = version_of(folder / SAMPLES_FILE)
+            if done > present and samples_now != samples_seen:  # a table joins the row that was logged last: with a step of its own it would take that of a line
+                samples_seen = samples_now
                 samples = {split: found for split, found in samples_by_split(folder / SAMPLES_FILE).items() if found[-1]["step"] > tables_until.get(split, known_until)}
                 if samples:
                     run.log({f"{split}/samples": _table(found) for split, found in samples.items()}, step=done - 1)
@@ -65,6 +70,15 @@ def define_axis(run: wandb.Run, split: str) -> None:
 def named(record: Record) -> dict[str, float | int]:
     """Return the numbers of a record under the names that wandb shows, and the axis that they have."""
     return {axis_of(record["split"]): record["step"], **panel_names(record)}
+
+
+def version_of(file: Path) -> tuple[int, int]:
+    """Return what changes when a file is written anew: its time of change and its size."""
+    try:
+        found = file.stat()
+    except OSError:
+        return NO_VERSION
+    return found.st_mtime_ns, found.st_size
 
 
 def samples_by_split(samples_file: Path) -> dict[str, list[dict]]:

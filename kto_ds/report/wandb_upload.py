@@ -18,6 +18,7 @@ import wandb
 from kto_ds.artifacts import write_atomically
 from kto_ds.report import wandb_lineage
 from kto_ds.report.metrics_file import METRICS_FILE
+from kto_ds.report.wandb_alerts import has_failed
 from kto_ds.report.wandb_follow import alert, follow, how_it_ended
 from kto_ds.report.wandb_lineage import Piece
 
@@ -63,9 +64,11 @@ def main() -> int:
         num_records = follow(run, folder, ended, watch_from=order.watch_from, stall_seconds=order.stall_seconds)
         for piece in (wandb_lineage.newest_checkpoint(folder / "checkpoints"), wandb_lineage.export_piece(folder / "export")):
             _note(wandb_lineage.log, run, piece)
-        ended_well = bool(last_words) or order.watch_from is None
-        if not ended_well:
-            alert(run, how_it_ended(folder / "status.json"))
+        if order.watch_from is None:
+            ended_well = not has_failed(folder / "status.json")
+        else:
+            ended_well = bool(last_words)
+            alert(run, None if ended_well else how_it_ended(folder / "status.json"))
         run.finish(exit_code=0 if ended_well else 1)
     except Exception as error:
         _say(f"warning: wandb is off from here on; metrics.jsonl goes on, {HOW_TO_UPLOAD}: {_one_line(error)}" if order.goes_offline else _one_line(error))

@@ -19,6 +19,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from kto_ds.errors import KtoError
 from kto_ds.redaction import redact
+from kto_ds.streams import surviving
 
 STDERR = 2
 
@@ -45,9 +46,8 @@ def library_log(folder: Path, rank: int) -> Iterator[TextIO]:
 @contextmanager
 def _logging_to(log: TextIO) -> Iterator[None]:
     handler = logging.StreamHandler(log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(_redacted)
-    handler.handleError = lambda record: None  # else it would speak to the console of a disk that is full
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.handleError = lambda record: None  # else it would speak to the console of a disk that is full, or of a call with a format that does not fit
     loggers = [logging.root, *(logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
     before = [(logger, logger.handlers) for logger in loggers]
     for logger in loggers:
@@ -63,9 +63,9 @@ def _logging_to(log: TextIO) -> Iterator[None]:
             logger.handlers = handlers
 
 
-def _redacted(record: logging.LogRecord) -> bool:
-    record.msg, record.args = redact(record.getMessage()), None
-    return True
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def _speaks_to_console(handler: logging.Handler) -> bool:
@@ -102,23 +102,24 @@ def _threads_to(log: TextIO) -> Iterator[None]:
 @contextmanager
 def _descriptor_to(log: TextIO) -> Iterator[None]:
     """Let descriptor 2 be the log, and sys.stderr what it was: our own words."""
+    # The copy is never closed, one a command: a handler that a library makes inside the block goes on writing to it, and its number must not become that of a file.
     stderr, console = sys.stderr, os.dup(STDERR)
     is_own = descriptor_of(stderr) == STDERR
     if is_own:
         stderr.flush()
-        sys.stderr = open(console, "w", buffering=1, encoding=stderr.encoding, errors="backslashreplace", closefd=False)
-    has_faulthandler = faulthandler.is_enabled()
-    if not has_faulthandler:
-        faulthandler.enable(console)
+        sys.stderr = surviving(console, stderr)
+    had_faulthandler = faulthandler.is_enabled()  # which speaks to descriptor 2
+    faulthandler.enable(console)
     os.dup2(log.fileno(), STDERR)
     try:
         yield
     finally:
         os.dup2(console, STDERR)
-        if not has_faulthandler:
+        if had_faulthandler:
+            faulthandler.enable(STDERR)
+        else:
             faulthandler.disable()
         sys.stderr = stderr
-        os.close(console)
 
 
 @contextmanager

@@ -27,24 +27,24 @@ def main(paths: list[Path], out: Path | None, png: Path | None) -> None:
     for path in paths:
         if not path.exists():
             raise UserError("there is no such folder or file", where=str(path), remedy=NAME_A_RUN)
-        if path.is_dir() and not (path / METRICS_FILE).is_file():
-            raise UserError(f"there is no {METRICS_FILE} in it", where=str(path), remedy=NAME_A_RUN)
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"expected a name that ends in .html, found {out.name!r}", where="--out", remedy=f"give a file such as {out.with_suffix('.html')}")
-    runs = read_runs(paths)
-    target = out or _folder_of(paths[0]) / PAGE_FILE
-    write_page(runs, target)
+    read = list(zip(paths, read_runs(paths)))
+    begun = [(path, run) for path, run in read if run.records]
+    if not begun:
+        raise UserError("there is no whole line of metrics", where=str(paths[0]), remedy=f"{NAME_A_RUN}; a run that has just begun has its first line after its first step")
+    for path in [path for path, run in read if not run.records]:
+        print(f"notice: {path} has no metrics yet, left out", flush=True)
+    target = out or _folder_of(begun[0][0]) / PAGE_FILE
+    write_page([run for _, run in begun], target)
     print(f"report: {target}", flush=True)
     if png is not None:
-        _draw(paths, runs, png)
+        _draw(begun, png)
 
 
 def read_runs(paths: list[Path]) -> list[RunFiles]:
-    """Read runs, under names that tell them apart; UserError where one has no metrics at all."""
-    runs = [read_run(path, name) for path, name in zip(paths, distinct_names([_parts(path) for path in paths]))]
-    if empty := [str(path) for path, run in zip(paths, runs) if not run.records]:
-        raise UserError("there is no whole line of metrics", where=empty[0], remedy=f"{NAME_A_RUN}; a run that has just begun has its first line after its first step")
-    return runs
+    """Read runs, under names that tell them apart."""
+    return [read_run(path, name) for path, name in zip(paths, distinct_names([_parts(path) for path in paths]))]
 
 
 def write_page(runs: list[RunFiles], target: Path) -> None:
@@ -54,11 +54,11 @@ def write_page(runs: list[RunFiles], target: Path) -> None:
         raise unwritable(error, target.parent) from error
 
 
-def _draw(paths: list[Path], runs: list[RunFiles], folder: Path) -> None:
+def _draw(runs: list[tuple[Path, RunFiles]], folder: Path) -> None:
     """Draw the pictures that a run has in its folder, of each run under its name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, run in zip(paths, runs):
+        for path, run in runs:
             stem = run.name.replace("/", "-")
             plot_metrics(path if path.is_file() else path / METRICS_FILE, folder / f"{stem}.png")
             plot_distributions(run, folder / f"{stem}-distributions.png")
@@ -71,14 +71,14 @@ def read_run(path: Path, name: str) -> RunFiles:
     """Read what there is of a run; a part that is absent, damaged or of another program is empty. Texts come without secrets."""
     folder, metrics_file = _folder_of(path), path if path.is_file() else path / METRICS_FILE
     with reading(metrics_file):
-        records, updated = read_records(metrics_file), metrics_file.stat().st_mtime
+        records, updated = (read_records(metrics_file), _moment(metrics_file.stat().st_mtime)) if metrics_file.exists() else ([], "")
     known = metrics_file.name == METRICS_FILE  # else the files beside it may belong to another run
     config = _read_config(folder / "config.yaml") if known else {}
     artifact = Path(str(flat(config).get("data.artifact") or folder / "dataset"))
     return RunFiles(
         name=redact(name),
         records={redact(split): found for split, found in by_split(records).items()},
-        updated=_moment(updated),
+        updated=updated,
         status=redact_values(read_object(folder / "status.json")) if known else {},
         config=redact_values(flat(config)),
         defaults=_defaults(config),

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from kto_ds.report import screen
 from kto_ds.report.console import Console, fitting
 from kto_ds.report.run_view import Closing, Estimate, Opening, closing_rows, closing_title, opening_rows, opening_title
-from kto_ds.report.screen import WorkBar, duration, plain_lines, show, work_line
+from kto_ds.report.screen import WorkBar, counted, duration, plain_lines, show, work_line
+from kto_ds.streams import surviving
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 HIDES_CURSOR, SHOWS_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -35,11 +37,11 @@ def plain_environment(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
-def on_terminal(action: Callable[[TextIO], None], columns: int) -> str:
+def on_terminal(action: Callable[[TextIO], None], columns: int, encoding: str = "utf-8") -> str:
     """Return what an action writes to a pseudo-terminal of so many columns."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
-    with os.fdopen(follower, "w") as stream:
+    with os.fdopen(follower, "w", encoding=encoding) as stream:
         action(stream)
     written = b""
     try:
@@ -110,6 +112,34 @@ def test_a_run_that_is_ended_from_outside_leaves_the_terminal_its_cursor():
     assert HIDES_CURSOR in written and written.rindex(SHOWS_CURSOR) > written.rindex(HIDES_CURSOR)
 
 
+def test_a_terminal_that_goes_away_ends_nothing():
+    leader, follower = pty.openpty()
+    with surviving(follower, sys.__stdout__) as stream:
+        console, bar = Console(300, stream=stream), WorkBar("verify", unit="B", total=2, stream=stream)
+        console.log(train_record(1))
+        os.close(leader)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(follower, b"gone")
+        for record in (train_record(2), eval_record(2)):
+            console.log(record)
+        console.tell("a notice")
+        print("to what the bar has in place of stdout", flush=True)
+        bar.advance(1)
+        bar.tell("a notice")
+        bar.__exit__()
+        console.close()
+        show("title", [("model", "m")], stream)
+    os.close(follower)
+
+
+def test_a_narrow_terminal_of_another_encoding_gets_what_it_can_show():
+    def everything(stream: TextIO) -> None:
+        a_run(stream)
+        show("title of a box", [("a label that is long", "value")], stream)
+
+    assert "loss" in on_terminal(everything, 9, encoding="latin-1")
+
+
 def test_no_color_and_terminals_that_cannot_redraw(monkeypatch):
     is_coloured = re.compile(r"\x1b\[[0-9;]*3\d[;0-9]*m").search
     assert is_coloured(on_terminal(a_run, 80))
@@ -129,6 +159,10 @@ def test_as_many_metrics_as_fit_are_shown():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_one_of_a_thing_is_no_plural():
+    assert [counted(1, "step"), counted(1200, "step"), counted(1.0, "epoch"), counted(0.9999, "epoch"), counted(0.25, "epoch")] == ["1 step", "1,200 steps", "1 epoch", "1 epoch", "0.25 epochs"]
 
 
 # boxes
@@ -158,6 +192,7 @@ def test_what_will_run():
     )  # fmt: skip
     rows = dict(opening_rows(other))
     assert opening_title(other) == "kto-ds train: resuming at step 5 of 12"
+    assert dict(opening_rows(OPENING._replace(num_steps=1, num_epochs=1.0)))["data"] == "32 examples, 8 a step; 1 step is 1 epoch"
     assert opening_title(OPENING._replace(done_steps=12)) == "kto-ds train: nothing left to do of 12 steps"
     assert rows[""] == "596,049,920 parameters, 1,000 of them trained, bfloat16" and rows["batches"].endswith("each shared by 2 ranks that take so many")
     assert "memory" not in rows and rows["weights"] == "automatic: 1.9 and 1" and rows["experts"] == "load-balancing loss"
@@ -180,6 +215,7 @@ def test_what_a_run_came_to():
     ]
     assert "checkpoints/ (best: step 4), " in dict(closing_rows(closing._replace(best_step=4)))["files"]
     assert closing_rows(closing._replace(records=[], speed=[]))[0][0] == "files"
+    assert closing_title(closing._replace(num_steps=1)).startswith("done: 1 step, ")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])

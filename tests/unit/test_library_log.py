@@ -11,7 +11,7 @@ from tests.distributed.runs import ROOT, environment
 
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 PROGRAM = f"""
-import logging, os, subprocess, sys, threading, warnings
+import faulthandler, logging, os, subprocess, sys, threading, warnings
 from pathlib import Path
 from kto_ds.errors import UserError
 from kto_ds.runtime.library_log import library_log
@@ -28,6 +28,12 @@ class LibraryThread(threading.Thread):
 with library_log(folder, 3):
     own.warning("through a handler of its own")
     logging.getLogger("other").warning("through the root, %s", "{SECRET}")
+    logging.getLogger("other").warning("a number: %d", "none")
+    try:
+        raise ValueError("{SECRET}")
+    except ValueError:
+        logging.getLogger("other").exception("with a traceback")
+    late = logging.StreamHandler()
     for _ in range(3):
         warnings.warn("a warning")
     os.write(2, b"from C\\n")
@@ -39,6 +45,10 @@ with library_log(folder, 3):
     print("to stdout", flush=True)
 os.write(2, b"C afterwards\\n")
 own.warning("its own afterwards")
+(folder / "file").touch()
+files = [open(folder / "file", "a") for _ in range(10)]
+late.handle(logging.makeLogRecord({{"msg": "a late word"}}))
+assert faulthandler.is_enabled() == bool(os.environ.get("PYTHONFAULTHANDLER"))
 for error in (ZeroDivisionError("theirs"), UserError("ours")):
     try:
         with library_log(folder, 3):
@@ -58,20 +68,22 @@ class Ended(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> Ended:
+@pytest.fixture(scope="module", params=["", "1"], ids=["", "PYTHONFAULTHANDLER"])
+def ended(tmp_path_factory, request) -> Ended:
     folder = tmp_path_factory.mktemp("logs")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    variables = {**environment(), "PYTHONFAULTHANDLER": request.param}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     return Ended(folder / "rank3.log", done.returncode, done.stdout, done.stderr)
 
 
 def test_what_libraries_say_is_in_the_log_alone(ended):
     log = ended.log.read_text()
-    assert ended.out == "to stdout\nits own afterwards\n" and ended.err.startswith("to stderr\nC afterwards\nZeroDivisionError"), ended
-    for words in ("through a handler of its own", "WARNING other: through the root", "UserWarning: a warning", "\nfrom C\n", "from a child", "OSError: in a thread of a library"):
+    assert ended.out == "to stdout\nits own afterwards\n" and ended.err.startswith("to stderr\nC afterwards\na late word\nZeroDivisionError"), ended
+    for words in ("through a handler of its own", "WARNING other: through the root", "UserWarning: a warning", "\nfrom C\n", "from a child", "OSError: in a thread of a library", "ERROR other: with a traceback\nTraceback (most"):
         assert log.count(words) == 1, log
     assert SECRET not in log and "afterwards" not in log and "to std" not in log
     assert log.count("\n== 20") == 4, "every start has a heading, and takes nothing away"
+    assert (ended.log.parent / "file").read_text() == "", "what a handler of the block writes later goes into no other file"
 
 
 def test_an_error_of_libraries_names_the_log_and_one_of_ours_does_not(ended):

@@ -1,5 +1,7 @@
 """report.html in a real browser: it draws everything, complains of nothing, asks for nothing, and runs nothing that is not its own."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_runs_are_compared_chosen_and_smoothed(browser, tmp_path):
         tab.value("document.querySelector('[data-choose-run=\"1\"]').click()")
         assert "no run is chosen" in tab.value("document.querySelector('#chart-loss .plot').textContent")
         assert tab.complaints() == []
+
+
+def test_curves_of_more_points_than_a_call_takes_arguments(browser, tmp_path):
+    page = page_of(tmp_path / "page.html", make_run(tmp_path / "run", records_of(2)))
+    before, data, after = re.split(r'(?<=<script type="application/json" id="page-data">)(.*?)(?=</script>)', page.read_text(), flags=re.DOTALL)
+    content = json.loads(data)
+    content["charts"][0]["curves"][0].update(x=list(range(300_000)), y=[number % 7 for number in range(300_000)])
+    page.write_text(before + json.dumps(content) + after)
+    tab = Tab(browser, page, width=DESKTOP)
+    assert tab.complaints() == [] and tab.value("document.documentElement.dataset.drawn") == "1"
 
 
 def test_hostile_texts_are_shown_and_do_nothing(browser, tmp_path):

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -127,7 +126,7 @@ def test_a_long_curve_keeps_its_extremes_and_its_mean():
     steps, values = np.arange(1, 20_001.0), generator.standard_normal(20_000)
     values[[777, 15_001]] = 1e4, -1e4
     short = series(steps, values)
-    assert len(short.steps) == len(short.values) == len(short.low) == len(short.high) == SHORT_POINTS and short.points_each == math.ceil(20_000 / SHORT_POINTS)
+    assert len(short.steps) == len(short.values) == len(short.low) == len(short.high) == SHORT_POINTS
     assert (max(short.high), min(short.low)) == (1e4, -1e4) and short.steps == sorted(short.steps)
     assert all(low <= value <= high for low, value, high in zip(short.low, short.values, short.high))
     for place, part in enumerate(np.array_split(np.arange(20_000), SHORT_POINTS)):
@@ -138,7 +137,7 @@ def test_a_long_curve_keeps_its_extremes_and_its_mean():
 def test_a_curve_that_fits_is_left_as_it_is():
     values = np.linspace(0, 1, MOST_POINTS)
     short = series(np.arange(MOST_POINTS), values)
-    assert len(short.values) == MOST_POINTS and short.low is None and short.points_each == 1
+    assert len(short.values) == MOST_POINTS and short.low is None
 
 
 def test_many_long_runs_make_a_page_of_less_than_three_megabytes():
@@ -166,6 +165,15 @@ def test_heat_maps_hold_every_count_once(num_steps):
         assert shown == total[middle - first : middle - first + len(shown)].tolist() and sum(shown) == total.sum() == sum(record[f"count/{label}"] for record in train)
         assert chart["columns"][0][0] == 1 and chart["columns"][-1][1] == num_steps
         assert [last + 1 for _, last in chart["columns"][:-1]] == [first for first, _ in chart["columns"][1:]]
+
+
+def test_histograms_that_count_nothing_have_no_chart():
+    empty = [0] * (len(LOGRATIO_EDGES) + 1)
+    records = [{**record, "logratios/chosen": empty} for record in records_of(3, splits=())]
+    assert "logratios-0-chosen" not in (charts := embedded(drawn(a_run(records)))) and "logratios-0-rejected" in charts
+    assert "logratios-0-rejected" not in embedded(drawn(a_run([{**record, "logratios/rejected": empty} for record in records])))
+    [_, *counts] = embedded(drawn(a_run([{**record, "logratios/chosen": empty} if record["step"] == 1 else record for record in records_of(3, splits=())])))["logratios-0-chosen"]["columns"]
+    assert counts == [[3, 3]], "a step that counts nothing is no column"
 
 
 def naive_by_length(records: list[dict], label: str) -> dict[int, list[float]]:
@@ -390,9 +398,21 @@ def test_pictures_go_to_a_folder_of_their_own(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [f"report: {runs[0] / 'report.html'}", f"pictures: {tmp_path / 'pictures'}"]
 
 
+def test_a_run_that_has_just_begun_is_left_out_beside_others(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("a", "b", "c", "d")]
+    folders[0].mkdir()
+    for folder, records in zip(folders[1:], (records_of(3), [], records_of(3))):
+        write_metrics(folder / "metrics.jsonl", records)
+    assert report(*folders, "--png", tmp_path / "pictures") == 0
+    notices = [f"notice: {folder} has no metrics yet, left out" for folder in (folders[0], folders[2])]
+    assert capsys.readouterr().out.splitlines() == [*notices, f"report: {folders[1] / 'report.html'}", f"pictures: {tmp_path / 'pictures'}"]
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} >= {"b.png", "d.png"} and not list((tmp_path / "pictures").glob("[ac]*"))
+
+
 @pytest.mark.parametrize("arguments, found", [
     (["nowhere"], "nowhere: there is no such folder or file\n  remedy: name the output_dir of a run, or a metrics.jsonl"),
-    (["empty"], "empty: there is no metrics.jsonl in it"),
+    (["empty"], "empty: there is no whole line of metrics"),
+    (["empty", "blank.jsonl"], "empty: there is no whole line of metrics"),
     (["blank.jsonl"], "blank.jsonl: there is no whole line of metrics"),
     (["run", "--out", "run/metrics.jsonl"], "--out: expected a name that ends in .html, found 'metrics.jsonl'"),
     (["run", "--out", "run/status.json/x.html"], "cannot write"),

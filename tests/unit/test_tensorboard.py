@@ -47,13 +47,21 @@ def test_a_run_that_began_without_it_is_there_from_its_first_step(tmp_path):
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+def test_a_start_without_it_leaves_no_gap(tmp_path):
+    train(tmp_path, ON, 0, [1.0])
+    train(tmp_path, ReportConfig(), 1, [2.0])
+    for done_steps in (2, 3):
+        train(tmp_path, ON, done_steps, [done_steps + 1.0])
+        assert scalars(tmp_path / "tensorboard")["train/loss"] == [(step, float(step)) for step in range(1, done_steps + 2)]
+
+
 def test_a_disk_that_fails_ends_it_with_one_warning(tmp_path):
     told: list[str] = []
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", Path("/dev/full") / "x"):
-        TensorBoard(folder, done_steps=0, known=[], tell=told.append).log(record(1, 1.0))
+        TensorBoard(folder, known=[], tell=told.append).log(record(1, 1.0))
     assert len(told) == 2 and all(line.startswith("warning: TensorBoard is off from here on; metrics.jsonl goes on") for line in told)
-    view = TensorBoard(tmp_path / "view", done_steps=0, known=[], tell=told.append)
+    view = TensorBoard(tmp_path / "view", known=[], tell=told.append)
     view._writer.file_writer.event_writer._async_writer._writer._writer = open("/dev/full", "wb", buffering=0)  # what a full disk is to its thread
     view.log(record(1, 1.0))
     view.log(record(2, 1.0))

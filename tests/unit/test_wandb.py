@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,14 @@ from ruamel.yaml import YAML
 
 from kto_ds.artifacts import describe_folder, seal
 from kto_ds.config import ReportConfig, WandbConfig
-from kto_ds.report import wandb_alerts
+from kto_ds.report import wandb_alerts, wandb_follow
 from kto_ds.report.metric_names import panel_names
 from kto_ds.report.metrics_file import read_records
 from kto_ds.report.sinks import open_sinks
 from kto_ds.report.wandb_alerts import Alert, StillRanks
-from kto_ds.report.wandb_follow import named, samples_by_split
-from kto_ds.report.wandb_process import WandbProcess, wandb_order
+from kto_ds.report.wandb_follow import STATUS_SECONDS, named, samples_by_split
+from kto_ds.report.wandb_process import FINISH_SECONDS, WandbProcess, wandb_order
+from kto_ds.runtime.watch import LOST_SECONDS
 from tests.faults.wandb_files import entries_of, history_of
 
 BUSY_SECONDS = 300  # that a process may take on a machine that is busy with others
@@ -165,6 +168,13 @@ def test_an_export_is_noted_in_the_run_of_its_record(tmp_path, no_credentials):
     assert entries_of(file, "exit")[-1].exit_code == 0 and entries_of(file, "alert") == []
 
 
+@pytest.mark.parametrize(("state", "exit_code"), [("failed", 1), ("completed", 0)])
+def test_an_upload_afterwards_tells_how_the_run_ended_and_alerts_nobody(tmp_path, no_credentials, state, exit_code):
+    (tmp_path / "status.json").write_text(json.dumps({"state": state, "step": 4, "exit_code": 3, "reason": "NumericsError: step 5: bad"}))
+    wandb_run(tmp_path, "offline", [train_record(1, skipped_steps=1)])
+    assert entries_of(offline_file(tmp_path), "exit")[-1].exit_code == exit_code and entries_of(offline_file(tmp_path), "alert") == []
+
+
 def test_names_of_panels():
     record = train_record(3, tokens_per_second=5.0, mfu=0.4, peak_memory_gib=2.0, learning_rate=1e-6, **{"seconds/kl": 0.5, "count/chosen": 4, "logratios/chosen": [1]})
     assert panel_names(record) == {
@@ -180,6 +190,38 @@ def test_samples_by_split(tmp_path):
     written = [sample(0), sample(0, split="other"), sample(2)]
     path.write_text("".join(json.dumps(one) + "\n" for one in written) + '{"split": "ev')
     assert samples_by_split(path) == {"eval": [written[0], written[2]], "other": [written[1]]}
+
+
+class KeptRun:
+    """Takes what a wandb run would."""
+
+    step = 0
+
+    def __init__(self):
+        self.tables: list[int] = []  # rows of each
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, values: dict, step: int) -> None:
+        self.tables += [len(table.data) for name, table in values.items() if name.endswith("/samples")]
+
+
+def test_samples_are_read_when_they_are_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_follow, "POLL_SECONDS", 0.01)
+    reads: list[Path] = []
+    monkeypatch.setattr(wandb_follow, "samples_by_split", lambda path: [reads.append(path), samples_by_split(path)][1])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_record(1)) + "\n")
+    run, ended = KeptRun(), threading.Event()
+    following = threading.Thread(target=wandb_follow.follow, args=(run, tmp_path, ended), kwargs={"watch_from": None, "stall_seconds": 600})
+    following.start()
+    for steps in ([0], [0, 2]):
+        (tmp_path / "new").write_text("".join(json.dumps(sample(step)) + "\n" for step in steps))
+        (tmp_path / "new").rename(tmp_path / "samples.jsonl")
+        time.sleep(1)
+    ended.set()
+    following.join()
+    assert run.tables == [1, 2] and len(reads) == 2
 
 
 def write_beat(folder: Path, rank: int, **more) -> None:
@@ -210,6 +252,10 @@ def test_how_a_run_ended_by_its_status(tmp_path, status, title):
     alert = wandb_alerts.of_end(tmp_path / "status.json")
     assert alert == title if title is None else alert.title == title
     assert wandb_alerts.has_ended(tmp_path / "status.json") == (status["state"] != "running")
+
+
+def test_an_error_of_a_collective_has_time_to_be_told_as_such():
+    assert LOST_SECONDS + 10 <= STATUS_SECONDS <= FINISH_SECONDS / 2
 
 
 def test_only_left_out_steps_of_a_record_raise_an_alert():
