@@ -226,7 +226,7 @@ def pasted(remedy, key):
 @pytest.mark.parametrize(
     ("label", "desirable"),
     [("TRUE", True), ("FALSE", False), ("True", True), ("False", False), ("true", True), ("false", False), ("tRUE", True), ("Yes", True), ("no", False)]
-    + [("thumbs_down", False), ("0", False), (1.0, True), (-1, False)],
+    + [("thumbs_down", False), ("0", False), (1.0, True), (-1, False), ("\U0001f44d", True), ("\U0001f44e", False)],
 )
 def test_the_map_that_a_label_needs_can_be_pasted(label, desirable):
     row = {"prompt": "q", "completion": "a", "label": label}
