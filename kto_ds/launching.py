@@ -19,7 +19,7 @@ def free_port() -> int:
 
 def launcher_arguments(arguments: Sequence[str], *, num_ranks: int) -> list[str]:
     """Return what `deepspeed` takes to run `kto-ds` with these arguments on so many ranks."""
-    return ["--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "kto_ds", *arguments]
+    return ["--log_level", "error", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "kto_ds", *arguments]
 
 
 def own_job_environment() -> dict[str, str]:

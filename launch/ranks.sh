@@ -41,7 +41,7 @@ run() {
 run_ranks() {
     local ranks=$1
     shift
-    run deepspeed --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
+    run deepspeed --log_level error --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
 }
 
 # use_interface NAME: let collectives go through this interface of the host; nothing for an empty name.
