@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.runs import ROOT, environment, free_port
@@ -27,6 +28,7 @@ def folder(tmp_path_factory) -> Path:
     assert MODEL in config
     (folder / "run.yaml").write_text(config)
     tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # so that text is shown as it was
     tokenizer.save_pretrained(folder / MODEL)
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048)
