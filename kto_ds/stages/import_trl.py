@@ -13,6 +13,7 @@ from kto_ds.config_text import dump_values, explain, leaves, read_yaml
 from kto_ds.errors import UserError, excerpt
 from kto_ds.moving.trl_command import Command, Values, count_gpus, read_command, read_file
 from kto_ds.moving.trl_import import Kind, Outcome, translate
+from kto_ds.redaction import redact
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 
 HEADINGS: dict[Kind, str] = {
@@ -34,6 +35,7 @@ def main(file: Path | None, words: list[str], out: Path | None, num_gpus: int) -
     count = found or 1
     defaults = leaves(RunConfig, RunConfig.model_validate(NEEDED).model_dump(mode="json"))
     settings, outcomes = translate(command, num_gpus=count, sharding=_sharding(command), defaults=defaults)
+    outcomes = [outcome._replace(value=redact(outcome.value), text=redact(outcome.text)) for outcome in outcomes]
     for key, option in (("model.path", "--model_name_or_path"), ("data.train", "--dataset_name")):
         if settings.get(key) is None:
             raise UserError(f"it names no {key.replace('.', ' ')}", where="the command", remedy=f"add {option} to it, where a script has it in itself")
