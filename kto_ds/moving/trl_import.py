@@ -13,6 +13,8 @@ Kind = Literal["became", "as it is", "no counterpart", "not given"]
 KNOWN = {**OPTIONS, **EARLIER}
 # Of model_init_kwargs: what its keys are as options; the script lets them go before those.
 INIT_KWARGS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision", "attn_implementation": "attn_implementation", "trust_remote_code": "trust_remote_code"}
+# Of wandb's client, which TRL leaves them to.
+VARIABLES = {"WANDB_PROJECT": "report.wandb.project", "WANDB_MODE": "report.wandb.mode"}
 
 
 class Outcome(NamedTuple):
@@ -40,10 +42,11 @@ def translate(command: Command, *, num_gpus: int, sharding: tuple[str, str], def
         if kind is not None:
             became = [f"{key}: {_shown(value, key)}" for key, value in (changed or verdict.settings).items()]
             outcomes.append(Outcome(name, _shown(values[name], name), kind, "; ".join([*became, *([verdict.why] if verdict.why else [])])))
-    if "report.wandb.mode" in settings and (project := command.variables.get("WANDB_PROJECT")):
-        settings["report.wandb.project"] = project
-        outcomes.append(Outcome("WANDB_PROJECT", project, "became", f"report.wandb.project: {project}"))
-    return Translation(settings, outcomes)
+    if "report.wandb.mode" in settings:
+        variables = {key: Outcome(name, value, "became", f"{key}: {value}") for name, key in VARIABLES.items() if (value := command.variables.get(name))}
+        settings |= {key: outcome.value for key, outcome in variables.items()}
+        outcomes += variables.values()
+    return Translation({key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}, outcomes)
 
 
 def _kind(is_given: bool, is_changed: bool, has_counterpart: bool) -> Kind | None:
