@@ -29,8 +29,6 @@ ACCELERATE_CONFIGS = {
     "zero3": {"num_processes": 8, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
     "fsdp1": {"num_processes": 8, "distributed_type": "FSDP"}, "fsdp2": {"num_processes": 8, "distributed_type": "FSDP"},
 }  # fmt: skip
-
-
 OTHER_TRAINERS = frozenset({"distillation", "dpo", "grpo", "reward", "rloo", "sft"})  # of TRL's own CLI
 
 

@@ -99,4 +99,4 @@ def _without_secrets(value: object, name: str) -> object:
         return {key: _without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_secrets(inner, name) for inner in value]
-    return HIDDEN if SECRET_OPTION.fullmatch(f"--{name}") and isinstance(value, str) else value
+    return value if value is None or isinstance(value, bool) or not SECRET_OPTION.fullmatch(f"--{name}") else HIDDEN

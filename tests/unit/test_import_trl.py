@@ -180,14 +180,14 @@ def test_a_token_is_never_shown(capsys):
     assert "verysecret" not in account + str(values) and "--push-to-hub me/model --public" in account
 
 
-@pytest.mark.parametrize("words", ["--use_auth_token hf_verysecret", '--model_init_kwargs {"token":"hf_verysecret"}', f"--run_nme hf_{'verysecret' * 4}", "--report_to https://me:verysecret@host"])
+@pytest.mark.parametrize("words", ["--use_auth_token hf_verysecret", "--password 12345", '--model_init_kwargs {"token":"hf_verysecret"}', f"--run_nme hf_{'verysecret' * 4}", "--report_to https://me:verysecret@host"])
 def test_secrets_in_other_options_are_hidden(tmp_path, capsys, words):
     option, value = words.split()
     out, file = tmp_path / "run.yaml", tmp_path / "kto.yaml"  # of a file, as values of our own command line are known to be secret
     file.write_text(f"model_name_or_path: some/model\ndataset_name: org/rows\n{option.removeprefix('--')}: {value}\n")
     assert cli.run(["import-trl", str(file), "--out", str(out)]) == 0
     account = capsys.readouterr().out
-    assert "verysecret" not in account + out.read_text() and f"{option} " in account and "[redacted]" in account
+    assert value not in account + out.read_text() and "verysecret" not in account + out.read_text() and f"{option} " in account and "[redacted]" in account
 
 
 def test_where_an_export_is_pushed_without_a_name(capsys):

@@ -215,6 +215,17 @@ def test_results_are_ranked_by_the_metric_and_only_when_completed(tmp_path):
     assert [row["loss.beta"] for row in rows] == ["0.2", "0.1", "0.3", "0.4", "0.5"] and rows[0]["eval/rewards/auc"] == "0.7" and rows[4]["state"] == "not begun"
 
 
+def test_the_commands_in_the_end_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    config, _ = cli.read_config("train", ["--config", run_file(tmp_path), "--output_dir", str(folder)])
+    [trial] = all_trials({"loss.beta": ["0.1"]})
+    sweep = stage.Sweep(config, [], [trial], AUC, 1)
+    stage._finish(sweep, [read_result(trial, write_trial(folder / trial.name, "completed", 0.5), AUC, None)])
+    [export] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the best: ")]
+    assert shlex.split(export)[-1] == f"{folder}/beta-0.1/config.yaml"
+
+
 # processes
 
 LISTENER = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
