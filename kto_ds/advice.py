@@ -3,8 +3,9 @@
 Sources, by the names that the lines give:
 
 - paper: arXiv 2402.01306, its settings for learning rate, batch size (8 to 128), risk aversion (beta) and loss aversion (Eq. 8).
-- TRL docs: "KTO Trainer" of TRL's documentation: "Batch size recommendations", "Learning rate recommendations", "Imbalanced data", "Expected dataset type and
-  format"; "PEFT Integration" for adapters. The first three were written by the paper's first author (TRL pull requests 2070 and 2153).
+- TRL docs: "KTO Trainer" of TRL's documentation: "Batch size recommendations" (16 to 128 there; the paper's wider range is kept), "Learning rate recommendations",
+  "Imbalanced data", "Expected dataset type and format", which speaks of undesirable rows alone; "PEFT Integration" for adapters.
+- our reading: neither says it.
 """
 
 from typing import NamedTuple
@@ -83,8 +84,9 @@ def _pairs(loss: LossConfig, global_batch_size: int) -> Advice | None:
 def _labels(loss: LossConfig, optim: OptimConfig, labels: LabelCounts) -> Advice | None:
     if not all(labels):
         label = "desirable" if labels.desirable else "undesirable"
-        caution = f"keep optim.learning_rate low, at {LEARNING_RATES[0]:g} rather than {optim.learning_rate:g}, and watch logps" if optim.learning_rate > LEARNING_RATES[0] else "watch logps"
-        return Advice("data.train", f"all examples are {label}, so that the loss only moves all log-probs one way; {caution}", "TRL docs")
+        is_fast = labels.undesirable and optim.learning_rate > LEARNING_RATES[0]
+        caution = f"keep optim.learning_rate low, at {LEARNING_RATES[0]:g} rather than {optim.learning_rate:g}, and watch logps" if is_fast else "watch logps"
+        return Advice("data.train", f"all examples are {label}, so that the loss only moves all log-probs one way; {caution}", "TRL docs" if labels.undesirable else "our reading")
     weights = recommended_weights(*labels, loss.desirable_weight, loss.undesirable_weight)
     ratio = weight_ratio(*labels, *weights)
     if LEAST_RATIO / TOLERANCE <= ratio <= LARGEST_RATIO * TOLERANCE:

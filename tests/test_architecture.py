@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "advice": {"config", "data"},
     "demo": {"artifacts", "config", "errors"},
-    "moving": {"errors"},
+    "moving": {"errors", "redaction"},
     "sweep": {"report", "artifacts", "errors"},
     "doctor": {"config", "errors", "redaction"},
     "report": {"artifacts", "config", "errors", "redaction"},

@@ -29,6 +29,7 @@ ACCELERATE_CONFIGS = {
     "zero3": {"num_processes": 8, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
     "fsdp1": {"num_processes": 8, "distributed_type": "FSDP"}, "fsdp2": {"num_processes": 8, "distributed_type": "FSDP"},
 }  # fmt: skip
+OTHER_TRAINERS = frozenset({"distillation", "dpo", "grpo", "reward", "rloo", "sft"})  # of TRL's own CLI
 
 
 class Command(NamedTuple):
@@ -91,9 +92,10 @@ def _script_place(words: list[str]) -> int | None:
     """Return where the script stands in a command: behind it come its options. UserError for another trainer of TRL's."""
     for place, word in enumerate(words):
         name = os.path.basename(word)
-        if name == "trl" and place + 1 < len(words):
-            if words[place + 1] != "kto":
-                raise UserError(f"trl {excerpt(words[place + 1])} is not KTO", where="the command", remedy="only trl kto has a counterpart")
+        following = words[place + 1] if place + 1 < len(words) else ""
+        if name == "trl" and following in OTHER_TRAINERS:
+            raise UserError(f"trl {excerpt(following)} is not KTO", where="the command", remedy="only trl kto has a counterpart")
+        if name == "trl" and following == "kto":
             return place + 1
         if word.startswith("--"):
             continue
@@ -115,6 +117,8 @@ def _options(words: list[str]) -> Values:
                 name = None
             else:
                 found[name] = value if has_value else True
+        elif re.fullmatch(r"-[A-Za-z]+", word):  # a short option, as -m: no value of the one before it
+            name = None
         elif name is not None:
             earlier = found[name]
             found[name] = word if earlier is True else [*(earlier if isinstance(earlier, list) else [earlier]), word]

@@ -7,12 +7,14 @@ from kto_ds.errors import UserError, excerpt
 from kto_ds.moving.trl_command import Command, Values, typed
 from kto_ds.moving.trl_options import EARLIER, OPTIONS, RENAMED
 from kto_ds.moving.trl_rules import Given
+from kto_ds.redaction import HIDDEN, SECRET_OPTION
 
 Kind = Literal["became", "as it is", "no counterpart", "not given"]
 KNOWN = {**OPTIONS, **EARLIER}
-SECRET = frozenset({"hub_token"})
 # Of model_init_kwargs: what its keys are as options; the script lets them go before those.
 INIT_KWARGS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision", "attn_implementation": "attn_implementation", "trust_remote_code": "trust_remote_code"}
+# Of wandb's client, which TRL leaves them to.
+VARIABLES = {"WANDB_PROJECT": "report.wandb.project", "WANDB_MODE": "report.wandb.mode"}
 
 
 class Outcome(NamedTuple):
@@ -38,12 +40,13 @@ def translate(command: Command, *, num_gpus: int, sharding: tuple[str, str], def
         settings |= changed
         kind = _kind(name in given, bool(changed), verdict.has_counterpart)
         if kind is not None:
-            became = [f"{key}: {_shown(value)}" for key, value in (changed or verdict.settings).items()]
-            outcomes.append(Outcome(name, "" if name in SECRET else _shown(values[name]), kind, "; ".join([*became, *([verdict.why] if verdict.why else [])])))
-    if "report.wandb.mode" in settings and (project := command.variables.get("WANDB_PROJECT")):
-        settings["report.wandb.project"] = project
-        outcomes.append(Outcome("WANDB_PROJECT", project, "became", f"report.wandb.project: {project}"))
-    return Translation(settings, outcomes)
+            became = [f"{key}: {_shown(value, key)}" for key, value in (changed or verdict.settings).items()]
+            outcomes.append(Outcome(name, _shown(values[name], name), kind, "; ".join([*became, *([verdict.why] if verdict.why else [])])))
+    if "report.wandb.mode" in settings:
+        variables = {key: Outcome(name, value, "became", f"{key}: {value}") for name, key in VARIABLES.items() if (value := command.variables.get(name))}
+        settings |= {key: outcome.value for key, outcome in variables.items()}
+        outcomes += variables.values()
+    return Translation({key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}, outcomes)
 
 
 def _kind(is_given: bool, is_changed: bool, has_counterpart: bool) -> Kind | None:
@@ -58,12 +61,12 @@ def _kind(is_given: bool, is_changed: bool, has_counterpart: bool) -> Kind | Non
 def _known_options(command: Command) -> tuple[Values, list[Outcome]]:
     """Return the options that TRL's script has, under their present names, and a word on those that it has not."""
     given: Values = {}
-    outcomes = [Outcome(name, _shown(value), "as it is", "of the launcher: launch/ has ours") for name, value in command.launcher.items() if not isinstance(value, dict)]
+    outcomes = [Outcome(name, _shown(value, name), "as it is", "of the launcher: launch/ has ours") for name, value in command.launcher.items() if not isinstance(value, dict)]
     for written, value in command.options.items():
         name = RENAMED.get(written, written)
         if name not in KNOWN:
             close = difflib.get_close_matches(name, KNOWN, n=1)
-            outcomes.append(Outcome(written, _shown(value), "no counterpart", "is no option of TRL's KTO script (1.16)" + (f"; did you mean --{close[0]}?" if close else "")))
+            outcomes.append(Outcome(written, _shown(value, written), "no counterpart", "is no option of TRL's KTO script (1.16)" + (f"; did you mean --{close[0]}?" if close else "")))
             continue
         given[name] = _checked(name, typed(value, KNOWN[name].kind))
     if isinstance(kwargs := given.get("model_init_kwargs"), dict):
@@ -83,7 +86,17 @@ def _checked(name: str, value: object) -> object:
     return value
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, name: str) -> str:
+    """Return a value as it is told; that of a name such as use_auth_token stays untold."""
+    value = _without_secrets(value, name)
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _without_secrets(value: object, name: str) -> object:
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner, name) for inner in value]
+    return value if value is None or isinstance(value, bool) or not SECRET_OPTION.fullmatch(f"--{name}") else HIDDEN

@@ -2,8 +2,10 @@
 
 import os
 
-from kto_ds.moving.trl_rules import Given, Values, Verdict
+from kto_ds.errors import UserError, excerpt
+from kto_ds.moving.trl_rules import Given, Values, Verdict, evaluated_split, is_share
 
+DEFAULT_FOLDER = "trainer_output"  # TRL's output_dir
 FILE_BUILDERS = ("json", "csv", "parquet", "arrow")
 
 
@@ -26,7 +28,7 @@ def source(path: object, split: object) -> Values:
 
 def mixture(given: Given) -> Verdict:
     sources, lost = [], []
-    for part in given.value or []:
+    for part in _parts(given.value):
         files = part.get("data_files")
         if part["path"] in FILE_BUILDERS and files:
             files = files.get(part.get("split", "train"), []) if isinstance(files, dict) else files
@@ -42,10 +44,20 @@ def mixture(given: Given) -> Verdict:
     return Verdict({"data.train": sources} if sources else {}, told, has_counterpart=not set(lost) - {"columns"})
 
 
+def _parts(datasets: object) -> list[Values]:
+    """Return the datasets of a mixture; a text is a path, as TRL's parser has it."""
+    parts = [{"path": part} if isinstance(part, str) else part for part in (datasets if isinstance(datasets, list) else [datasets] * bool(datasets))]
+    if odd := next((part for part in parts if not isinstance(part, dict) or not isinstance(part.get("path"), str)), None):
+        raise UserError(f"--datasets: expected a path, or a mapping with one, found {excerpt(odd)}", where="the command", remedy="write datasets: [{path: ...}] in a YAML file for --config")
+    return parts
+
+
 def test_split_size(given: Given) -> Verdict:
     if given.value is None:
         return Verdict({}, "no prompts are held out")
-    if given.value >= 1:
+    if not given.values["datasets"]:
+        return Verdict({}, "has no effect without --datasets, as in TRL; data.held_out_fraction holds prompts out here")
+    if not is_share(given.value):
         return Verdict({}, "a share is needed: data.held_out_fraction", has_counterpart=False)
     return Verdict({"data.held_out_fraction": given.value}, "of the prompts, with all their rows")
 
@@ -85,8 +97,9 @@ def attention(given: Given) -> Verdict:
 def trackers(given: Given) -> Verdict:
     names = given.value if isinstance(given.value, list) else [given.value]
     names = [name for name in names if name not in (None, "none")]
-    others = [name for name in names if name not in ("wandb", "all")]
-    settings = {"report.wandb.mode": "online"} if len(others) < len(names) else {}
+    others = [name for name in names if name not in ("wandb", "tensorboard", "all")]
+    settings: Values = {"report.wandb.mode": "online"} if {"wandb", "all"} & set(names) else {}
+    settings |= {"report.tensorboard": True} if {"tensorboard", "all"} & set(names) else {}
     return Verdict(settings, "metrics.jsonl has every metric" + (f"; nothing is sent to {', '.join(map(str, others))}" if others else ""), has_counterpart=not others)
 
 
@@ -102,8 +115,16 @@ def push(given: Given) -> Verdict:
     values = given.values
     if not given.value:
         return Verdict({}, "nothing is pushed unasked")
-    name = values["hub_model_id"] or os.path.basename(str(values["output_dir"]).rstrip("/"))
+    name = values["hub_model_id"] or os.path.basename(str(values["output_dir"] or DEFAULT_FOLDER).rstrip("/"))
     return Verdict({}, f"kto-ds export --config RUN.yaml --push-to-hub {name}{'' if values['hub_private_repo'] else ' --public'}, after training")
+
+
+def generation(given: Given) -> Verdict:
+    if not given.value:
+        return Verdict({}, "nobody is asked")
+    if evaluated_split(given.values) is None:
+        return Verdict({}, "without evaluation rows nobody is asked")
+    return Verdict({"eval.generate.num_prompts": 8}, "prompts of each evaluation split, in every evaluation; answers are in samples.jsonl")
 
 
 def sharded(given: Given) -> Verdict:

@@ -47,7 +47,7 @@ DATA = {
     "test_split_size": _number(None, inputs.test_split_size),
 }
 STEPS = {
-    "output_dir": Option(None, lambda given: rules.Verdict({"output_dir": given.value or "trainer_output"})),
+    "output_dir": Option(None, lambda given: rules.Verdict({"output_dir": given.value or inputs.DEFAULT_FOLDER})),
     "per_device_train_batch_size": _number(8, rules.batch_size),
     "num_train_epochs": _number(3.0, same("train.num_train_epochs")),
     "max_steps": _number(-1, lambda given: rules.Verdict({"train.max_steps": given.value if given.value > 0 else None})),
@@ -116,7 +116,7 @@ PRECISION = {
 LOGGING = {
     "logging_strategy": Option("steps", always("steps", "metrics are logged by steps: report.logging_steps")),
     "logging_steps": _number(10, rules.steps("report.logging_steps")),
-    "logging_first_step": _flag(False, idle("a line has the means over all steps since the last one; report.logging_steps: 1 has them all")),
+    "logging_first_step": _flag(False, idle("a line has the means over all steps since the last one; set report.logging_steps to 1 to have them all")),
     "log_on_each_node": _flag(True, CONSOLE),
     "logging_nan_inf_filter": _flag(True, idle("a step with NaN or Inf ends the run before its update, or is left out: train.on_nonfinite")),
     "include_num_input_tokens_seen": Option("no", idle("tokens a second are logged always")),
@@ -135,7 +135,7 @@ EVALUATION = {
     "eval_on_start": _flag(False, idle("before the first step rewards are 0 but for rounding, which train prints")),
     "eval_do_concat_batches": _flag(True, MEMORY_OF_EVALUATION), "eval_use_gather_object": _flag(False, MEMORY_OF_EVALUATION),
     "eval_accumulation_steps": _number(None, MEMORY_OF_EVALUATION), "batch_eval_metrics": _flag(False, MEMORY_OF_EVALUATION),
-    "include_for_metrics": Option([], idle("metrics are those of docs/performance.md and the README")),
+    "include_for_metrics": Option([], idle("metrics are those of docs/metrics.md")),
     "label_names": Option(None, idle("the label is the field label, or columns names it")),
     "load_best_model_at_end": _flag(False, idle("kto-ds export --checkpoint best takes the best one")),
     "metric_for_best_model": Option(None, rules.best_metric),
@@ -204,11 +204,11 @@ EARLIER: dict[str, Option] = {
     "truncation_mode": Option(None, lambda given: rules.Verdict(
         {"data.truncation_mode": given.value} if given.value and (given.values["max_prompt_length"] or given.value != "keep_end") else {}, "" if given.values["max_prompt_length"] else "cuts prompts at data.max_prompt_length only"
     )),
-    "generate_during_eval": _flag(None, without("TRL has given it up in 1.2; see eval.generate")),
+    "generate_during_eval": _flag(None, inputs.generation),
     "label_pad_token_id": _number(None, LAYOUT), "padding_value": _number(None, LAYOUT), "is_encoder_decoder": _flag(None, without("models are decoders")),
     "ref_model_init_kwargs": Option(None, without("section reference has path, revision and dtype")),
     "use_liger_loss": _flag(None, idle("log-probs are computed in chunks always")), "base_model_attribute_name": Option(None, LAYOUT),
     "model_adapter_name": Option(None, without("adapters are fresh ones")), "ref_adapter_name": Option(None, without("the reference is the model without adapters, or reference.path")),
-    "overwrite_output_dir": _flag(None, idle("a run resumes in its folder; checkpoint.resume: never begins anew")), "logging_dir": Option(None, CONSOLE),
+    "overwrite_output_dir": _flag(None, idle("a run resumes in its folder; checkpoint.resume: never begins anew")), "logging_dir": Option(None, idle("TensorBoard's files are in tensorboard/ of output_dir")),
     "save_safetensors": _flag(None, idle("exports are safetensors always")), "group_by_length": _flag(None, LAYOUT), "cuda": _flag(None, idle("see --use_cpu")),
 }  # fmt: skip

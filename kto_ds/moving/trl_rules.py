@@ -120,6 +120,20 @@ def eval_strategy(given: Given) -> Verdict:
                    has_counterpart=given.value == "steps")  # fmt: skip
 
 
+def is_share(size: float | None) -> bool:
+    """Whether a test_split_size is a share of the rows; from 1 on it is a number of them."""
+    return size is not None and size < 1
+
+
+def evaluated_split(values: Values) -> str | None:
+    """Return the split of ours that TRL's evaluations are of; None where there are none."""
+    if values["eval_strategy"] == "no":
+        return None
+    if values["datasets"]:
+        return "eval/held_out" if is_share(values["test_split_size"]) else None
+    return "eval"
+
+
 def save_steps(given: Given) -> Verdict:
     return steps("checkpoint.save_steps")(given) if given.values["save_strategy"] == "steps" else Verdict({}, "counts with --save_strategy steps only")
 
@@ -131,15 +145,16 @@ def save_total_limit(given: Given) -> Verdict:
 
 
 def best_metric(given: Given) -> Verdict:
-    if given.values["eval_strategy"] == "no" or not (given.values["load_best_model_at_end"] or given.values["save_strategy"] == "best"):
-        return Verdict({}, "counts with --load_best_model_at_end only")
+    split = evaluated_split(given.values)
+    if split is None or not (given.values["load_best_model_at_end"] or given.values["save_strategy"] == "best"):
+        return Verdict({}, "counts with --load_best_model_at_end and evaluation rows only")
     name = str(given.value or "loss").removeprefix("eval_")
-    return Verdict({"checkpoint.metric_for_best_model": f"eval/{name}"}, "then kto-ds export --checkpoint best")
+    return Verdict({"checkpoint.metric_for_best_model": f"{split}/{name}"}, "then kto-ds export --checkpoint best")
 
 
 def greater_is_better(given: Given) -> Verdict:
     settings = best_metric(given._replace(value=given.values["metric_for_best_model"])).settings
-    return Verdict({"checkpoint.greater_is_better": given.value} if settings and given.value is not None else {}, "" if settings else "counts with --load_best_model_at_end only")
+    return Verdict({"checkpoint.greater_is_better": given.value} if settings and given.value is not None else {}, "" if settings else "counts with --load_best_model_at_end and evaluation rows only")
 
 
 # batch, length, precision

@@ -35,7 +35,8 @@ def main(config: RunConfig, checkpoint: str = "latest", merge: bool = False, pus
     require_pushable(push_to_hub, private=private, public=public)
     target = _export(config, checkpoint, merge)
     if push_to_hub is not None:
-        print(f"pushed to {push(target, push_to_hub, public=public)}, which is {'public' if public else 'private'}", flush=True)
+        pushed = push(target, push_to_hub, public=public)
+        print(f"pushed to {pushed.address}, which is {'private' if pushed.is_private else 'public'}", flush=True)
 
 
 def _export(config: RunConfig, checkpoint: str, merge: bool) -> Path:

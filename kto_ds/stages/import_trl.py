@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from kto_ds.config import RunConfig
 from kto_ds.config_text import dump_values, explain, leaves, read_yaml
 from kto_ds.errors import UserError, excerpt
-from kto_ds.moving.trl_command import Command, Values, count_gpus, read_command, read_file
+from kto_ds.moving.trl_command import Command, Values, count_gpus, read_command, read_file, typed
 from kto_ds.moving.trl_import import Kind, Outcome, translate
+from kto_ds.redaction import redact
 from kto_ds.runtime.deepspeed_config import check_zero_section, read_deepspeed_config
 
 HEADINGS: dict[Kind, str] = {
@@ -33,7 +34,9 @@ def main(file: Path | None, words: list[str], out: Path | None, num_gpus: int) -
     found, origin = (num_gpus, "--num_gpus") if num_gpus else count_gpus(command)
     count = found or 1
     defaults = leaves(RunConfig, RunConfig.model_validate(NEEDED).model_dump(mode="json"))
-    settings, outcomes = translate(command, num_gpus=count, sharding=_sharding(command), defaults=defaults)
+    sharding = _sharding(command)
+    settings, outcomes = translate(command, num_gpus=count, sharding=sharding, defaults=defaults)
+    outcomes = [outcome._replace(value=redact(outcome.value), text=redact(outcome.text)) for outcome in outcomes]
     for key, option in (("model.path", "--model_name_or_path"), ("data.train", "--dataset_name")):
         if settings.get(key) is None:
             raise UserError(f"it names no {key.replace('.', ' ')}", where="the command", remedy=f"add {option} to it, where a script has it in itself")
@@ -45,6 +48,7 @@ def main(file: Path | None, words: list[str], out: Path | None, num_gpus: int) -
         out.write_text(text, encoding="utf-8")
     stream = sys.stderr if out is None else sys.stdout
     print(f"GPUs: {count} ({origin})" if found else "GPUs: 1 is assumed for the batch, as nothing says how many there were: give --num_gpus", file=stream)
+    print("deepspeed.config: {} ({})".format(*sharding), file=stream)
     _tell(outcomes, stream)
     named = out or "RUN.yaml"
     print(f"\nnext: kto-ds plan --config {named}, then bash launch/pipeline.sh {named}; a step takes {config.batch.global_batch_size} examples", file=stream)
@@ -107,9 +111,21 @@ def _sharding(command: Command) -> tuple[str, str]:
         offloads = "none" != (chosen.get("offload_optimizer_device") or "none") or "none" != (chosen.get("offload_param_device") or "none")
         return _named(int(chosen["zero_stage"]), offloads), "of accelerate's file"
     if options.get("fsdp") or launcher.get("use_fsdp") or launcher.get("distributed_type") == "FSDP":
-        offloads = "offload" in str(options.get("fsdp", ""))
-        return _named(2 if "shard_grad_op" in str(options.get("fsdp", "")) else 3, offloads), "shards as FSDP does"
+        return _of_fsdp(options, launcher), "shards as FSDP does"
     return "zero3", "TRL has whole copies without DeepSpeed or FSDP; zero1 is faster where they fit, which kto-ds plan tells"
+
+
+def _of_fsdp(options: Values, launcher: Values) -> str:
+    """Return the one of ds_configs/ that keeps weights sharded as FSDP is told to: by --fsdp, its --fsdp_config, accelerate's options or accelerate's file."""
+    own = typed(options.get("fsdp_config"), "text")
+    own = read_yaml(Path(own)) if isinstance(own, str) else own  # JSON is YAML
+    sections = [section for section in (launcher.get("fsdp_config"), launcher, own) if isinstance(section, dict)]
+    chosen = {key.removeprefix("fsdp_"): str(value).lower() for section in sections for key, value in section.items()}
+    words = str(options.get("fsdp", "")).lower().split()
+    # A number is the place among torch's strategies: 2 is SHARD_GRAD_OP, 5 HYBRID_SHARD_ZERO2.
+    keeps_weights = {chosen.get("sharding_strategy"), chosen.get("reshard_after_forward"), *words} & {"shard_grad_op", "hybrid_shard_zero2", "false", "2", "5"}
+    offloads = "offload" in words or "true" in (chosen.get("offload_params"), chosen.get("cpu_offload"))
+    return _named(2 if keeps_weights else 3, offloads)
 
 
 def _of_file(file: object) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """An export to the Hugging Face hub, once it is whole. The token is where huggingface_hub looks for one (HF_TOKEN, hf auth login), never in a config or a command."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -26,21 +27,28 @@ def require_pushable(repo: str | None, *, private: bool, public: bool) -> None:
         raise UserError(f"{excerpt(repo)} cannot name a repository: {str(error).splitlines()[0]}", where=WHERE, remedy="give user/model or organisation/model") from error
 
 
-def push(folder: Path, repo: str, *, public: bool) -> str:
-    """Upload a folder to a repository of the hub, which is made if need be, and return its address. UserError where it does not get there; the folder stays as it is."""
+class Pushed(NamedTuple):
+    address: str
+    is_private: bool  # as the hub says it: a repository that was there stays what it was
+
+
+def push(folder: Path, repo: str, *, public: bool) -> Pushed:
+    """Upload a folder to a repository of the hub, which is made if need be. UserError where it does not get there; the folder stays as it is."""
     api = HfApi()
-    again = f"the export stays in {folder}; to upload it later: hf upload {repo} {folder}"
+    stays = f"the export stays in {folder}"
     try:
         made = api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(made.repo_id).private:
-            raise UserError(f"{made.repo_id} is there already and public", where=WHERE, remedy=f"give --public if the model may be seen, or name another repository; {again}")
+        is_private = bool(api.repo_info(made.repo_id).private)
+        if not public and not is_private:
+            raise UserError(f"{made.repo_id} is there already and public", where=WHERE, remedy=f"give --public if the model may be seen, or name another repository; {stays}")
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Model trained with kto_ds")
     except KtoError:
         raise
     except Exception as error:  # among others those of the client's HTTP library, which is another one from release to release
         what, remedy = _reason(error, repo)
-        raise UserError(what, where=WHERE, remedy=f"{remedy}; {again}") from error
-    return str(made)
+        # No bare hf upload: it would make a public repository, and does not look whether one that is there is private.
+        raise UserError(what, where=WHERE, remedy=f"{remedy}, and start the same command again; {stays}") from error
+    return Pushed(str(made), is_private)
 
 
 def _reason(error: Exception, repo: str) -> tuple[str, str]:
@@ -53,4 +61,4 @@ def _reason(error: Exception, repo: str) -> tuple[str, str]:
         if status in (401, 403):
             return f"the hub does not let you write to {repo} (HTTP {status}): {said}", LOG_IN
         return f"the hub has refused it (HTTP {status}): {said}", "see whether the user or organisation in the name exists and is yours"
-    return f"the hub cannot be reached: {type(error).__name__}: {excerpt(str(error), limit=400)}", "try it again where there is a network"
+    return f"the hub cannot be reached: {type(error).__name__}: {excerpt(str(error), limit=400)}", "see whether the network reaches it"

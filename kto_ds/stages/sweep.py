@@ -19,18 +19,22 @@ from pydantic import ValidationError
 from kto_ds.artifacts import read_json, write_atomically
 from kto_ds.config import RunConfig
 from kto_ds.config_data import HELD_OUT
-from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml
-from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt
+from kto_ds.config_text import explain, known_keys, leaves, nearest_key, read_yaml
+from kto_ds.data.dataset import TokenizedSplit
+from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt, reading
 from kto_ds.launching import launcher_arguments
 from kto_ds.redaction import redact_values
 from kto_ds.report.screen import duration
 from kto_ds.runtime.jobs import run_job
+from kto_ds.stages.inputs import PREPARE_FIRST, read_dataset_manifest, require_whole_dataset
+from kto_ds.stages.objective import evaluation_metrics
 from kto_ds.stages.resume import ALLOWED, FIXED, changes
 from kto_ds.staging import claim_folder
 from kto_ds.sweep.grid import Trial, all_trials, as_text, choose
 from kto_ds.sweep.results import Metric, Result, Spent, as_csv, as_json, best_first, is_ranked, read_result, show_results
 
 RECORD = "sweep.json"
+OF_REFERENCE = frozenset({"reference.path", "reference.revision", "reference.dtype", "reference.artifact"})  # which log-probs all trials are held against
 
 
 class Sweep(NamedTuple):
@@ -60,6 +64,8 @@ def main(
     spent = _known_spent(sweep)
     results = _results(sweep, spent)
     if print_commands:
+        if config.dataset_dir.is_dir():
+            _require_known_metric(sweep)
         print("\n".join(shlex.join(_typed(sweep, "train", _own_options(sweep, result.trial))) for result in results if result.state != "completed"))
         if any(not folder.is_dir() for folder in (config.dataset_dir, config.reference_dir)):
             print("note: first make the artefacts that all of them share: kto-ds prepare, kto-ds precompute-ref", file=sys.stderr)
@@ -120,7 +126,9 @@ def _metric(config: RunConfig, wanted: str | None) -> Metric:
     split = max((name for name in ["train", *splits] if wanted.startswith(f"{name}/")), key=len, default=None)
     if split is None:
         raise UserError(f"{excerpt(wanted)} is no metric of a split", where="--metric", remedy=f"begin it with one of {', '.join(f'{name}/' for name in ['train', *splits])}")
-    return Metric(split, wanted.removeprefix(f"{split}/"), takes_best=wanted == config.checkpoint.metric_for_best_model)
+    is_best = wanted == config.checkpoint.metric_for_best_model
+    greater_is_better = config.checkpoint.best_is_greatest if is_best else not wanted.endswith("loss")
+    return Metric(split, wanted.removeprefix(f"{split}/"), takes_best=is_best, greater_is_better=greater_is_better)
 
 
 def _results(sweep: Sweep, spent: dict[str, Spent]) -> list[Result]:
@@ -142,7 +150,7 @@ def _require_same_base(sweep: Sweep) -> None:
     if not record:
         return
     swept = {key for trial in sweep.trials for key in trial.settings}
-    found = [change for change in changes(record["base"], sweep.config.model_dump(mode="json")) if change.key in FIXED | ALLOWED or change.key.startswith("data.")]
+    found = [change for change in changes(record["base"], sweep.config.model_dump(mode="json")) if change.key in FIXED | ALLOWED | OF_REFERENCE or change.key.startswith("data.")]
     if differing := [str(change) for change in found if change.key not in swept | {"data.dataset_num_proc"}]:
         remedy = f"restore the config, choose another output_dir, or delete {sweep.folder} to begin anew"
         raise UserError("\n  ".join(["the config has changed since the trials that are there:", *differing]), where=str(sweep.folder), remedy=remedy)
@@ -165,7 +173,16 @@ def _known_spent(sweep: Sweep) -> dict[str, Spent]:
 
 def _own_options(sweep: Sweep, trial: Trial) -> dict[str, object]:
     shared = {"data.artifact": sweep.config.dataset_dir, "reference.artifact": sweep.config.reference_dir}
-    return {"output_dir": sweep.folder / trial.name, **shared, "checkpoint.resume": "auto", **trial.settings}
+    return {"output_dir": sweep.folder / trial.name, **shared, "checkpoint.resume": "auto", **_resolved(sweep.config, trial)}
+
+
+def _resolved(config: RunConfig, trial: Trial) -> dict[str, object]:
+    """Return the settings of a trial with every key of a section that one stands for: a command merges what it is given of a section with that of the config."""
+    found = leaves(RunConfig, _trial_config(config, trial).model_dump(mode="json"))
+    settings: dict[str, object] = {}
+    for key, value in trial.settings.items():
+        settings |= {name: whole for name, whole in found.items() if name == key or name.startswith(f"{key}.")} if isinstance(value, dict) else {key: value}
+    return settings
 
 
 def _typed(sweep: Sweep, command: str, options: dict[str, object]) -> list[str]:
@@ -179,10 +196,12 @@ def _arguments(sweep: Sweep, command: str, options: dict[str, object]) -> list[s
 
 
 def _without(base: list[str], keys: Collection[str]) -> list[str]:
-    """Return options without those of some keys."""
+    """Return options without those of some keys, and of what is within them."""
     kept, is_kept = [], True
     for word in base:
-        is_kept = word[2:].partition("=")[0] not in keys if word.startswith("--") else is_kept
+        if word.startswith("--"):
+            given = word[2:].partition("=")[0]
+            is_kept = not any(given == key or given.startswith(f"{key}.") for key in keys)
         kept += [word] * is_kept
     return kept
 
@@ -206,9 +225,29 @@ def _make_artifacts(sweep: Sweep) -> None:
         # A KL group must fit into the smallest step.
         smallest = {"batch.global_batch_size": min(config.batch.global_batch_size for config in configs)}
         _require_done(_run(sweep, "prepare", smallest, num_ranks=1), "prepare")
+    _require_known_metric(sweep)
     # apo_zero_unpaired needs no mismatched pairs, and kto has all that it needs.
     scored = {"loss.loss_type": "kto" if any(config.loss.loss_type == "kto" for config in configs) else "apo_zero_unpaired"}
     _require_done(_run(sweep, "precompute-ref", scored, num_ranks=sweep.num_ranks), "precompute-ref")
+
+
+def _require_known_metric(sweep: Sweep) -> None:
+    """Refuse a metric that the evaluations of a trial will not give, as only the rows tell, before it costs anything."""
+    name, folder = sweep.metric.split, sweep.config.dataset_dir
+    if name == "train":
+        return
+    manifest = read_dataset_manifest(folder)
+    require_whole_dataset(folder, manifest)
+    if name not in manifest["splits"]:
+        raise UserError(f"has no split {name}, which {sweep.metric} is of", where=str(folder), remedy=PREPARE_FIRST)
+    with reading(folder):
+        split = TokenizedSplit.load(folder / name)
+    for loss in {config.loss.loss_type: config.loss for config in (_trial_config(sweep.config, trial) for trial in sweep.trials)}.values():
+        known = evaluation_metrics(split, loss)
+        if sweep.metric.name not in known:
+            why = f", as its {split.num_examples:,} rows have one label" if sweep.metric.name == "rewards/auc" else ""
+            remedy = f"give --metric one of {', '.join(f'{name}/{metric}' for metric in known)}"
+            raise UserError(f"with loss_type {loss.loss_type} no evaluation gives {excerpt(str(sweep.metric))}{why}", where="--metric", remedy=remedy)
 
 
 def _require_done(code: int, command: str) -> None:
@@ -253,7 +292,7 @@ def _finish(sweep: Sweep, results: list[Result]) -> None:
     print(f"\ntable: {sweep.folder / RECORD}, {sweep.folder / 'sweep.csv'}")
     if ranked:
         best = ranked[0]
-        print(f"the best: kto-ds export --config {best.folder / 'config.yaml'}{' --checkpoint best' if sweep.metric.takes_best else ''}")
+        print(f"the best: kto-ds export --config {shlex.quote(str(best.folder / 'config.yaml'))}{' --checkpoint best' if sweep.metric.takes_best else ''}")
         print(f"to compare: kto-ds report {shlex.join(str(result.folder) for result in ranked)}", flush=True)
     if unfinished := [result for result in results if not is_ranked(result)]:
         what = f"{len(unfinished)} of {len(results)} trials have no {sweep.metric}"

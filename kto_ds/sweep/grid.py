@@ -39,7 +39,8 @@ def all_trials(grid: Mapping[str, Sequence[object]]) -> list[Trial]:
     if not grid:
         raise UserError("no key has several values", where="sweep", remedy="give some, such as --loss.beta 0.05,0.1,0.3, or a file with --values")
     for key, values in grid.items():
-        if why := next((why for refused, why in REFUSED.items() if key == refused or refused.endswith(".") and key.startswith(refused)), None):
+        # A section as a whole holds its refused keys too.
+        if why := next((why for refused, why in REFUSED.items() if key == refused or refused.endswith(".") and key.startswith(refused) or refused.startswith(f"{key}.")), None):
             raise UserError(f"it cannot be swept: {why}", where=key, remedy="give it one value, and sweep another time for another one")
         texts = [as_text(value) for value in values]
         if twice := next((text for text in texts if texts.count(text) > 1), None):

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_ds.artifacts import read_json
-from kto_ds.errors import Unreadable
+from kto_ds.errors import EXIT_OK, EXIT_PREEMPTED, Unreadable
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
 from kto_ds.sweep.grid import Trial, as_text
 
 NOT_BEGUN = "not begun"
+RUNNING = "running"  # in a status.json, until the run has ended in order
 SHOWN = ("rewards/auc", "rewards/margins", "loss", "kl")
 
 
@@ -24,10 +25,7 @@ class Metric(NamedTuple):
     split: str
     name: str
     takes_best: bool  # of all evaluations, as that checkpoint is kept; else the last one counts
-
-    @property
-    def greater_is_better(self) -> bool:
-        return not self.name.endswith("loss")
+    greater_is_better: bool
 
     def __str__(self) -> str:
         return f"{self.split}/{self.name}"
@@ -61,8 +59,10 @@ def read_result(trial: Trial, folder: Path, metric: Metric, spent: Spent | None)
     metrics = {name: chosen[name] for name in SHOWN if name in chosen}
     reason = next(iter(str(status.get("reason") or "").splitlines()), "")
     state = status.get("state", NOT_BEGUN)
-    if state == NOT_BEGUN and spent and spent.exit_code:  # refused before it had a folder
+    if state == NOT_BEGUN and spent and spent.exit_code not in (EXIT_OK, EXIT_PREEMPTED):  # refused before it had a folder
         state, reason = "failed", f"exit code {spent.exit_code}"
+    if state == RUNNING and spent and spent.exit_code:
+        reason = f"killed, or still running elsewhere: its last start here ended with exit code {spent.exit_code}"
     return Result(trial, folder, state, chosen.get("step", status.get("step")), reason, chosen.get(metric.name), metrics, spent)
 
 

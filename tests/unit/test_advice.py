@@ -54,10 +54,12 @@ def test_labels_count_by_their_weights(labels, loss, is_told):
     assert keys(labels=labels, loss=loss) == ["loss.desirable_weight, loss.undesirable_weight"] * is_told
 
 
-def test_one_label_wants_a_low_rate():
+def test_undesirable_rows_alone_want_a_low_rate():
     [piece] = advice(LossConfig(), OptimConfig(), global_batch_size=32, has_adapters=False, labels=LabelCounts(0, 50))
-    assert piece.key == "data.train" and "undesirable" in piece.what and "5e-07 rather than 1e-06" in piece.what
-    assert "rather" not in advice(LossConfig(), OptimConfig(learning_rate=5e-7), global_batch_size=32, has_adapters=False, labels=LabelCounts(50, 0))[0].what
+    assert piece.key == "data.train" and "undesirable" in piece.what and "5e-07 rather than 1e-06" in piece.what and piece.source == "TRL docs"
+    assert "rather" not in advice(LossConfig(), OptimConfig(learning_rate=5e-7), global_batch_size=32, has_adapters=False, labels=LabelCounts(0, 50))[0].what
+    [piece] = advice(LossConfig(), OptimConfig(), global_batch_size=32, has_adapters=False, labels=LabelCounts(50, 0))
+    assert "all examples are desirable" in piece.what and "rather" not in piece.what and piece.source == "our reading"
 
 
 def test_every_piece_is_one_line_with_reason_and_source():

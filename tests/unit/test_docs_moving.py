@@ -19,19 +19,20 @@ MOVING, SWEEP = ROOT / "docs" / "moving.md", ROOT / "docs" / "sweep.md"
 MARKS = "<!-- options: begin -->\n", "<!-- options: end -->"
 # A value that shows what an option can become; others are shown with a number or a word.
 PROBES = {
-    "lr_scheduler_type": "cosine", "loss_type": "kto", "dtype": "bfloat16", "attn_implementation": "sdpa", "report_to": "wandb", "metric_for_best_model": "eval_loss", "optim": "adamw_torch",
+    "lr_scheduler_type": "cosine", "loss_type": "kto", "dtype": "bfloat16", "attn_implementation": "sdpa", "report_to": "all", "metric_for_best_model": "eval_loss", "optim": "adamw_torch",
     "train_sampling_strategy": "sequential", "model_revision": "v1", "max_steps": "100", "warmup_steps": "0.1", "logging_steps": "5", "save_steps": "50", "eval_steps": "50", "test_split_size": "0.1",
     "dataset_name": "org/rows", "model_name_or_path": "some/model", "deepspeed": "zero2.json", "eval_strategy": "steps", "save_strategy": "steps", "logging_strategy": "steps", "truncation_mode": "drop",
-    "warmup_ratio": "0.1", "per_device_train_batch_size": "8", "lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_type": "nf4",
+    "warmup_ratio": "0.1", "per_device_train_batch_size": "8", "lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_type": "nf4", "hub_model_id": "me/my-model",
 }  # fmt: skip
-AROUND = {"max_prompt_length": "512", "use_peft": "true", "load_best_model_at_end": "true", "eval_strategy": "steps"}  # other options that it takes for an option to count
+AROUND = {"max_prompt_length": "512", "use_peft": "true", "load_best_model_at_end": "true", "eval_strategy": "steps", "push_to_hub": "true", "hub_model_id": "me/my-model"}  # other options that it takes for an option to count
 
 
 def option_table() -> str:
     rows = []
     for name, option in {**OPTIONS, **EARLIER}.items():
         value = [{"path": "org/rows"}] if name == "datasets" else PROBES.get(name, "true" if option.kind == "flag" else "7")
-        found = translate(Command({**AROUND, name: value}, {}, {}), num_gpus=1, sharding=("zero2", "the file itself, or the one of ds_configs/ with its stage and offload"), defaults={})
+        around = AROUND | ({"datasets": [{"path": "org/rows"}]} if name == "test_split_size" else {})
+        found = translate(Command({**around, name: value}, {}, {}), num_gpus=1, sharding=("zero2", "the file itself, or the one of ds_configs/ with its stage and offload"), defaults={})
         [outcome] = [outcome for outcome in found.outcomes if outcome.option == name]
         keys = list(dict.fromkeys(key for key in found.settings if f"{key}: " in outcome.text))
         why = outcome.text.split("; ", len(keys))[-1] if len(outcome.text.split("; ")) > len(keys) else ""

@@ -124,7 +124,9 @@ BECOMES = [
     ("--eval_steps 50", {"eval.eval_steps": None, "data.eval": []}),
     ("--eval_strategy steps --load_best_model_at_end --metric_for_best_model eval_rewards/margins --greater_is_better true", {"checkpoint.metric_for_best_model": "eval/rewards/margins", "checkpoint.greater_is_better": True}),
     ("--save_total_limit 1", {"checkpoint.save_total_limit": 2}),
-    ("--report_to wandb tensorboard --run_name best", {"report.wandb.mode": "online", "report.wandb.name": "best"}),
+    ("--report_to wandb tensorboard --run_name best", {"report.wandb.mode": "online", "report.wandb.name": "best", "report.tensorboard": True}),
+    ("--report_to tensorboard", {"report.wandb.mode": "disabled", "report.tensorboard": True}),
+    ("--report_to all", {"report.wandb.mode": "online", "report.tensorboard": True}),
     ("--use_peft --lora_r 8 --lora_alpha 16 --lora_target_modules q_proj k_proj --use_rslora --load_in_4bit", {
         "model.lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0, "target_modules": ["q_proj", "k_proj"], "use_rslora": True}, "model.load_in_4bit": True}),
     ("--use_peft", {"model.lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0, "target_modules": ["q_proj", "v_proj"], "use_rslora": False}}),
@@ -133,12 +135,18 @@ BECOMES = [
     ("--model_revision abc --attn_implementation flash_attention_2 --trust_remote_code", {"model.revision": "abc", "model.attention": "flash_attention_2", "model.trust_remote_code": True}),
     ('--model_init_kwargs {"attn_implementation":"sdpa","revision":"v1"}', {"model.attention": "sdpa", "model.revision": "v1"}),
     ("--router_aux_loss_coef 0.0", {"model.router_aux_loss_coef": 0.0}),
-    ("--test_split_size 0.05", {"data.held_out_fraction": 0.05}),
+    ("--test_split_size 0.05", {"data.held_out_fraction": None}),
+    ("--datasets org/a org/b --test_split_size 0.05", {"data.train": [{"path": "org/a"}, {"path": "org/b"}], "data.held_out_fraction": 0.05}),
+    ("--datasets org/a --test_split_size 0.05 --eval_strategy steps --load_best_model_at_end", {"checkpoint.metric_for_best_model": "eval/held_out/loss"}),
+    ("--datasets org/a --eval_strategy steps --load_best_model_at_end --greater_is_better true", {"checkpoint.metric_for_best_model": None, "checkpoint.greater_is_better": None}),
+    ("--generate_during_eval --eval_strategy steps", {"eval.generate": {"num_prompts": 8, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "every": 1}}),
+    ("--generate_during_eval", {"eval.generate": None}),
     ("--evaluation_strategy steps --eval_steps 5 --max_prompt_length 512 --truncation_mode keep_end", {"eval.eval_steps": 5, "data.max_prompt_length": 512, "data.truncation_mode": "keep_end"}),
     ("--seed 7 --ddp_timeout 60 --max_grad_norm 0.5 --weight_decay 0.01 --adam_beta2 0.95", {
         "seed": 7, "train.step_timeout_seconds": 60, "optim.max_grad_norm": 0.5, "optim.weight_decay": 0.01, "optim.adam_beta2": 0.95}),
     ("--deepspeed " + str(ROOT / "ds_configs" / "zero2.json"), {"deepspeed.config": str(ROOT / "ds_configs" / "zero2.json")}),
     ("--fsdp shard_grad_op", {"deepspeed.config": "zero2"}),
+    ('--fsdp --fsdp_config {"reshard_after_forward":false}', {"deepspeed.config": "zero2"}),
 ]  # fmt: skip
 
 
@@ -149,8 +157,8 @@ def test_what_options_become(capsys, words, expected):
     found = leaves(RunConfig, dumped)
     for key, value in expected.items():
         got = found[key]
-        if key == "data.eval":
-            got = [{name: part for name, part in source.items() if name in ("path", "split")} for source in got]
+        if key in ("data.train", "data.eval"):
+            got = [{name: part for name, part in source.items() if name in ("path", "split") and part is not None} for source in got]
         assert got == value, (key, got)
 
 
@@ -172,6 +180,27 @@ def test_a_token_is_never_shown(capsys):
     assert "verysecret" not in account + str(values) and "--push-to-hub me/model --public" in account
 
 
+@pytest.mark.parametrize("words", ["--use_auth_token hf_verysecret", "--password 12345", '--model_init_kwargs {"token":"hf_verysecret"}', f"--run_nme hf_{'verysecret' * 4}", "--report_to https://me:verysecret@host"])
+def test_secrets_in_other_options_are_hidden(tmp_path, capsys, words):
+    option, value = words.split()
+    out, file = tmp_path / "run.yaml", tmp_path / "kto.yaml"  # of a file, as values of our own command line are known to be secret
+    file.write_text(f"model_name_or_path: some/model\ndataset_name: org/rows\n{option.removeprefix('--')}: {value}\n")
+    assert cli.run(["import-trl", str(file), "--out", str(out)]) == 0
+    account = capsys.readouterr().out
+    assert value not in account + out.read_text() and "verysecret" not in account + out.read_text() and f"{option} " in account and "[redacted]" in account
+
+
+def test_where_an_export_is_pushed_without_a_name(capsys):
+    assert "--push-to-hub trainer_output --public, after training" in imported(capsys, "--push_to_hub")[2]
+    assert "--push-to-hub best, after training" in imported(capsys, "--push_to_hub", "--hub_private_repo", "--output_dir", "runs/best/")[2]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_mode_of_wandb_is_that_of_its_variable(capsys, mode):
+    config, _, account = imported(capsys, "--report_to", "wandb", before=(f"WANDB_MODE={mode}", "WANDB_PROJECT=ours", "trl", "kto"))
+    assert (config.report.wandb.mode, config.report.wandb.project) == (mode, "ours") and f"report.wandb.mode: {mode}" in account
+
+
 # launchers and files
 
 LAUNCHES = [
@@ -181,6 +210,8 @@ LAUNCHES = [
     ("CUDA_VISIBLE_DEVICES=0,3 python kto.py", 2, "zero3"),
     ("torchrun --nproc_per_node=8 --nnodes 2 examples/kto.py", 16, "zero3"),
     ("deepspeed --num_gpus 8 kto.py", 8, "zero3"),
+    ("torchrun --nproc_per_node 8 -m trl.scripts.kto", 8, "zero3"),
+    ("accelerate launch --num_processes 2 -m trl.scripts.kto", 2, "zero3"),
     ("accelerate launch -m trl.scripts.kto --accelerate_config multi_gpu", 8, "zero3"),
     ("", None, "zero3"),
 ]
@@ -209,9 +240,29 @@ def test_files_of_accelerate_and_deepspeed_are_read(capsys, tmp_path):
     assert "bf16 = {'enabled': 'auto'} is decided by model.dtype" in printed.err  # why the file itself is not taken
 
 
+FSDP = [
+    ("fsdp_sharding_strategy: FULL_SHARD", "", "zero3"),
+    ("fsdp_sharding_strategy: SHARD_GRAD_OP", "", "zero2"),
+    ("fsdp_sharding_strategy: 2", "", "zero2"),
+    ("fsdp_reshard_after_forward: false, fsdp_version: 2", "", "zero2"),
+    ("fsdp_reshard_after_forward: true, fsdp_offload_params: true", "", "zero3_offload"),
+    ("fsdp_reshard_after_forward: true", "--fsdp_reshard_after_forward false", "zero2"),
+]
+
+
+@pytest.mark.parametrize("section, words, sharding", FSDP)
+def test_accelerates_file_says_how_fsdp_shards(capsys, tmp_path, section, words, sharding):
+    file = tmp_path / "fsdp.yaml"
+    file.write_text(f"num_processes: 8\ndistributed_type: FSDP\nfsdp_config: {{{section}}}\n")
+    assert cli.run(["import-trl", "--", "accelerate", "launch", "--config_file", str(file), *words.split(), "kto.py", *MINIMAL]) == 0
+    printed = capsys.readouterr()
+    assert RunConfig.model_validate(YAML(typ="safe").load(printed.out)).deepspeed.config == sharding
+    assert f"deepspeed.config: {sharding} (shards as FSDP does)" in printed.err
+
+
 def test_a_shell_script_and_a_yaml_file_say_the_same(tmp_path, capsys):
     script, yaml = tmp_path / "run.sh", tmp_path / "kto.yaml"
-    script.write_text('#!/bin/bash\n# trl kto --beta 9\nexport HF_HOME=/x\ntrl kto \\\n  --model_name_or_path some/model --beta 0.3 \\\n  --dataset_name "org/rows" --report_to wandb && echo done\n')
+    script.write_text('#!/bin/bash\npip install -U trl peft\ntrl env\n# trl kto --beta 9\nexport HF_HOME=/x\ntrl kto \\\n  --model_name_or_path some/model --beta 0.3 \\\n  --dataset_name "org/rows" --report_to wandb && echo done\n')
     yaml.write_text("model_name_or_path: some/model\ndataset_name: org/rows\nbeta: 0.3\nreport_to: wandb\nenv: {WANDB_PROJECT: ours}\n")
     assert cli.run(["import-trl", str(script), "--out", str(tmp_path / "a.yaml")]) == 0
     assert cli.run(["import-trl", str(yaml), "--out", str(tmp_path / "b.yaml")]) == 0
@@ -236,6 +287,7 @@ REFUSED = {
     "--bf16: expected true or false, found 'maybe'": ["trl", "kto", *MINIMAL, "--bf16", "maybe"],
     "--max_length: expected a number, found 'long'": ["trl", "kto", *MINIMAL, "--max_length", "long"],
     "optim.learning_rate: ": ["trl", "kto", *MINIMAL, "--learning_rate", "-1"],
+    "--datasets: expected a path, or a mapping with one, found 7": ["trl", "kto", *MINIMAL, "--datasets", "[7]"],
     "--deepspeed 'nowhere.json' cannot be used": ["trl", "kto", *MINIMAL, "--deepspeed", "nowhere.json"],
 }  # fmt: skip
 
@@ -269,7 +321,8 @@ def test_prepare_takes_what_comes_out(tmp_path, capsys, monkeypatch):
     LlamaConfig(vocab_size=len(tokenizer), **shape).save_pretrained("model")
     rows = [{"prompt": [{"role": "user", "content": f"{number}?"}], "completion": [{"role": "assistant", "content": "yes"}], "label": number % 2 == 0} for number in range(20)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = "trl kto --model_name_or_path model --dataset_name rows.jsonl --output_dir out --dataset_num_proc 1 --test_split_size 0.2 --dataset_train_split train"
+    Path("kto.yaml").write_text("datasets: [{path: json, data_files: rows.jsonl}]\ntest_split_size: 0.2\n")
+    words = "trl kto --config kto.yaml --model_name_or_path model --output_dir out --dataset_num_proc 1"
     assert cli.run(["import-trl", "--out", "run.yaml", "--", *words.split()]) == 0
     assert cli.run(["prepare", "--config", "run.yaml"]) == 0
     report = json.loads(Path("out/dataset/data_report.json").read_text())

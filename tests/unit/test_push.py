@@ -93,7 +93,7 @@ def variables(address: str, home: Path, **more: str) -> dict[str, str]:
 
 def pushed(folder: Path, address: str, *, public: bool = False, **more: str) -> str:
     """Push in a process of its own, as the client reads its variables when it is imported; return what is said."""
-    code = f"from pathlib import Path\nfrom kto_ds.errors import UserError\nfrom kto_ds.stages.push import push\ntry:\n    print(push(Path({str(folder)!r}), 'me/model', public={public}))\nexcept UserError as error:\n    print('refused', error)"
+    code = f"from pathlib import Path\nfrom kto_ds.errors import UserError\nfrom kto_ds.stages.push import push\ntry:\n    print(*push(Path({str(folder)!r}), 'me/model', public={public}))\nexcept UserError as error:\n    print('refused', error)"
     done = subprocess.run([sys.executable, "-c", code], env=variables(address, folder.parent / "home", **more), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == FILES, done.stderr
     assert TOKEN not in done.stdout + done.stderr
@@ -113,7 +113,7 @@ def received(hub) -> dict[str, bytes]:
 @pytest.mark.parametrize("public", [False, True])
 def test_all_of_an_export_arrives(hub, export, public):
     hub.is_private = not public
-    assert pushed(export, hub.address, public=public, HF_TOKEN=TOKEN).strip() == f"{hub.address}/me/model"
+    assert pushed(export, hub.address, public=public, HF_TOKEN=TOKEN).strip() == f"{hub.address}/me/model {not public}"
     assert received(hub) == FILES and hub.made[0]["name"] == "model" and hub.made[0]["organization"] == "me"
     assert hub.made[0].get("visibility", "private" if hub.made[0].get("private") else "public") == ("public" if public else "private")
 
@@ -122,18 +122,23 @@ def test_a_public_repository_gets_nothing_unasked(hub, export):
     hub.is_private = False
     said = pushed(export, hub.address, HF_TOKEN=TOKEN)
     assert "me/model is there already and public" in said and "--public" in said and not hub.commits and not hub.stored
+    assert f"the export stays in {export}" in said and "hf upload" not in said and "start the same" not in said
+
+
+def test_a_private_repository_stays_private_and_is_called_so(hub, export):
+    assert pushed(export, hub.address, public=True, HF_TOKEN=TOKEN).strip() == f"{hub.address}/me/model True"
 
 
 @pytest.mark.parametrize("token, answer", [("hf_another", "does not let you write to me/model (HTTP 401)"), (None, "does not let you write to me/model (HTTP 401)")])
 def test_who_may_not_write_is_told_how_to_log_in(hub, export, token, answer):
     said = pushed(export, hub.address, **({"HF_TOKEN": token} if token else {}))
-    assert said.startswith("refused --push-to-hub") and answer in said and "hf auth login" in said and f"hf upload me/model {export}" in said and not hub.commits
+    assert said.startswith("refused --push-to-hub") and answer in said and "hf auth login" in said and f"start the same command again; the export stays in {export}" in said and "hf upload" not in said and not hub.commits
 
 
 @pytest.mark.parametrize("more, answer", [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE keeps"), ({}, "the hub cannot be reached: ConnectError")])
 def test_without_a_network_the_export_stays(export, more, answer):
     said = pushed(export, "http://127.0.0.1:9", HF_TOKEN=TOKEN, **more)
-    assert said.startswith("refused") and answer in said and f"hf upload me/model {export}" in said
+    assert said.startswith("refused") and answer in said and f"start the same command again; the export stays in {export}" in said and "hf upload" not in said
 
 
 @pytest.mark.parametrize("repo, options, where", [

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,18 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from kto_ds import cli
 from kto_ds.cli_apart import sweep_options
+from kto_ds.config import LoraConfig, TrainConfig
 from kto_ds.errors import UserError
 from kto_ds.runtime.jobs import run_job
+from kto_ds.stages import sweep as stage
 from kto_ds.sweep.grid import REFUSED, all_trials, choose
 from kto_ds.sweep.results import Metric, Spent, as_csv, best_first, read_result
 from tests.distributed import ranks
 from tests.distributed.runs import ROOT, environment, write_config
 from tests.distributed.tiny_run import config_of, make_tiny_run
+from tests.unit.test_docs_data import byte_tokenizer
 
-AUC = Metric("eval", "rewards/auc", takes_best=False)
+AUC = Metric("eval", "rewards/auc", takes_best=False, greater_is_better=True)
 
 
 # which trials
@@ -66,8 +71,21 @@ def test_options_with_commas_have_several_values():
 
 
 def run_file(folder: Path, **sections) -> str:
-    sections = {"data": {"train": [{"path": "rows.jsonl"}], "held_out_fraction": 0.1}, **sections}
-    return str(write_config(folder / "run.yaml", output_dir=str(folder / "run"), model={"path": "m"}, **sections))
+    sections = {"model": {"path": "m"}, "data": {"train": [{"path": "rows.jsonl"}], "held_out_fraction": 0.1}, **sections}
+    return str(write_config(folder / "run.yaml", output_dir=str(folder / "run"), **sections))
+
+
+def one_label_run(folder: Path) -> str:
+    """Return the config of a run whose evaluation rows are all desirable."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 2048}
+    LlamaConfig(vocab_size=len(tokenizer), **shape).save_pretrained(folder / "model")
+    for name, labels in (("train", (True, False)), ("eval", (True, True))):
+        rows = [{"prompt": [{"role": "user", "content": f"{number}?"}], "completion": [{"role": "assistant", "content": "yes"}], "label": labels[number % 2]} for number in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {name: [{"path": str(folder / f"{name}.jsonl")}] for name in ("train", "eval")}
+    return str(write_config(folder / "run.yaml", output_dir=str(folder / "run"), model={"path": str(folder / "model")}, data={**data, "dataset_num_proc": 1}, batch={"global_batch_size": 4}))
 
 
 def test_dry_run_and_commands_write_nothing(tmp_path, capsys):
@@ -94,6 +112,7 @@ MISTAKES = {
     "loss.beta: Input should be greater than 0": ["--loss.beta", "0.1,-1"],
     "did you mean loss.beta?": ["--loss.bta", "0.1,0.3"],
     "seed: it cannot be swept: all trials share one": ["--seed", "1,2"],
+    "data: it cannot be swept: all trials share one": ["--values", "VALUES"],
     "sweep: no key has several values": ["--loss.beta", "0.1"],
     "'test/auc' is no metric of a split": ["--loss.beta", "0.1,0.3", "--metric", "test/auc"],
     "-1 is no number of trials": ["--loss.beta", "0.1,0.3", "--num_trials", "-1"],
@@ -102,7 +121,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes_are_told_before_anything_is_run(tmp_path, capsys, message):
-    assert cli.run(["sweep", "--config", run_file(tmp_path), *MISTAKES[message]]) == 2
+    values = tmp_path / "values.yaml"
+    values.write_text("data: [{train: [{path: a}]}, {train: [{path: b}]}]\n")
+    assert cli.run(["sweep", "--config", run_file(tmp_path), *(word.replace("VALUES", str(values)) for word in MISTAKES[message])]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "run").exists()
 
@@ -112,6 +133,50 @@ def test_without_evaluation_rows_a_metric_of_training_is_asked_for(tmp_path, cap
     assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", "--dry-run"]) == 2
     assert "data.held_out_fraction" in capsys.readouterr().err
     assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", "--dry-run", "--metric", "train/loss"]) == 0
+
+
+BEST_FIRST = [({}, None, True), ({}, "eval/held_out/loss", False), ({"greater_is_better": True}, "eval/held_out/loss", True), ({"greater_is_better": False}, "eval/held_out/rewards/auc", True)]
+
+
+@pytest.mark.parametrize("checkpoint, metric, is_greatest", BEST_FIRST)
+def test_which_way_the_metric_goes_is_that_of_its_checkpoint(tmp_path, checkpoint, metric, is_greatest):
+    section = {"metric_for_best_model": "eval/held_out/loss", **checkpoint}
+    config, _ = cli.read_config("train", ["--config", run_file(tmp_path, checkpoint=section)])
+    assert stage._metric(config, metric).greater_is_better == is_greatest
+
+
+@pytest.mark.parametrize("key, value", [("reference.path", "other"), ("reference.dtype", "float32"), ("reference.artifact", "elsewhere"), ("optim.weight_decay", "0.1")])
+def test_another_base_is_refused(tmp_path, capsys, key, value):
+    run = run_file(tmp_path)
+    base, _ = cli.read_config("train", ["--config", run])
+    folder = tmp_path / "run" / "sweep"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps({"base": base.model_dump(mode="json"), "trials": []}))
+    assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", f"--{key}", value]) == 2
+    error = capsys.readouterr().err
+    assert "the config has changed since the trials that are there" in error and f"{key}: was " in error
+
+
+def test_a_mapping_stands_for_a_whole_section(tmp_path, capsys):
+    run = run_file(tmp_path, model={"path": "m", "lora": {"r": 4, "lora_alpha": 99, "use_rslora": True}})
+    values = tmp_path / "values.yaml"
+    values.write_text("model.lora: [{r: 8}]\ntrain: [{num_train_epochs: 2}]\n")
+    assert cli.run(["sweep", "--config", run, "--values", str(values), "--train.max_steps", "5", "--model.lora.target_modules", '["q_proj"]', "--num_gpus", "1", "--print-commands"]) == 0
+    [command] = capsys.readouterr().out.splitlines()
+    config, _ = cli.read_config("train", shlex.split(command)[2:])
+    assert config.model.lora == LoraConfig(r=8) and config.train == TrainConfig(num_train_epochs=2)
+
+
+@pytest.mark.parametrize("metric", [[], ["--metric", "eval/rewards/acu"]])
+def test_a_metric_that_no_evaluation_gives_is_refused_before_any_trial(tmp_path, capsys, metric):
+    run = one_label_run(tmp_path)
+    assert cli.run(["prepare", "--config", run]) == 0
+    assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", "--num_gpus", "1", *metric]) == 2
+    printed = capsys.readouterr()
+    assert "no evaluation gives 'eval/rewards/" in printed.err and "eval/rewards/chosen" in printed.err and ("have one label" in printed.err) == (not metric)
+    assert "$ kto-ds" not in printed.out
+    assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", "--num_gpus", "1", "--print-commands", *metric]) == 2
+    assert cli.run(["sweep", "--config", run, "--loss.beta", "0.1,0.3", "--num_gpus", "1", "--print-commands", "--metric", "eval/rewards/chosen"]) == 0
 
 
 # results
@@ -139,10 +204,26 @@ def test_results_are_ranked_by_the_metric_and_only_when_completed(tmp_path):
     assert results[2].reason == "NumericsError: NaN"
     refused = read_result(trials["beta-0.5"], tmp_path / "beta-0.5", AUC, Spent(1.0, 2))
     assert (refused.state, refused.reason) == ("failed", "exit code 2")
+    stopped = read_result(trials["beta-0.5"], tmp_path / "beta-0.5", AUC, Spent(1.0, 75))
+    assert (stopped.state, stopped.reason) == ("not begun", "")
+    killed = read_result(trials["beta-0.5"], write_trial(tmp_path / "killed", "running", 0.5), AUC, Spent(1.0, 137))
+    assert killed.state == "running" and killed.reason == "killed, or still running elsewhere: its last start here ended with exit code 137"
     assert [result.trial.name for result in ranked(AUC._replace(takes_best=True))][:2] == ["beta-0.1", "beta-0.2"]
-    assert [result.trial.name for result in ranked(Metric("eval", "loss", takes_best=False))][:2] == ["beta-0.2", "beta-0.1"]
+    assert [result.trial.name for result in ranked(AUC._replace(name="loss", greater_is_better=False))][:2] == ["beta-0.2", "beta-0.1"]
+    assert [result.trial.name for result in ranked(AUC._replace(greater_is_better=False))][:2] == ["beta-0.1", "beta-0.2"]
     rows = list(csv.DictReader(as_csv(results, AUC).splitlines()))
     assert [row["loss.beta"] for row in rows] == ["0.2", "0.1", "0.3", "0.4", "0.5"] and rows[0]["eval/rewards/auc"] == "0.7" and rows[4]["state"] == "not begun"
+
+
+def test_the_commands_in_the_end_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    config, _ = cli.read_config("train", ["--config", run_file(tmp_path), "--output_dir", str(folder)])
+    [trial] = all_trials({"loss.beta": ["0.1"]})
+    sweep = stage.Sweep(config, [], [trial], AUC, 1)
+    stage._finish(sweep, [read_result(trial, write_trial(folder / trial.name, "completed", 0.5), AUC, None)])
+    [export] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the best: ")]
+    assert shlex.split(export)[-1] == f"{folder}/beta-0.1/config.yaml"
 
 
 # processes
