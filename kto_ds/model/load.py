@@ -105,6 +105,8 @@ def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: st
             device_map=device_map,
             quantization_config=four_bits(DTYPES[model.dtype]) if model.load_in_4bit else None,
         )  # fmt: skip
+    except torch.OutOfMemoryError:  # a RuntimeError, whose remedy is not another model
+        raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # a quantised model asks for libraries of its own
         raise UserError(f"cannot load {model.path}: {str(error).splitlines()[0]}", where="model.path") from error
     del keep_alive

@@ -41,7 +41,7 @@ def main(config: RunConfig) -> None:
 def _evaluate(config: RunConfig, path: str, model: ModelConfig, model_config: PretrainedConfig, adapter: Adapter | None, world: World) -> None:
     require_lora_served(model, model_config, world.device)
     splits, manifest = open_dataset(config)
-    on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
+    on_main_rank(lambda: require_same_tokenizer(model, manifest["identity"], where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
     loss, names = resolve_weights(config.loss, splits["train"]), evaluation_splits(splits)
     for name in names:

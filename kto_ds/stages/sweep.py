@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from kto_ds.artifacts import read_json, write_atomically
 from kto_ds.config import RunConfig
 from kto_ds.config_data import HELD_OUT
-from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml
+from kto_ds.config_text import explain, known_keys, nearest_key, read_yaml, with_changes
 from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt
 from kto_ds.launching import launcher_arguments
 from kto_ds.redaction import redact_values
@@ -99,16 +99,11 @@ def _read_values(path: Path) -> dict[str, list]:
 
 def _trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     """Return the config of a trial; UserError for a value that a key does not take."""
-    values = config.model_dump(mode="json")
-    for key, value in trial.settings.items():
-        section, (*path, leaf) = values, key.split(".")
-        for name in path:
-            section[name] = section = section.get(name) or {}
-        section[leaf] = value
+    where = f"trial {trial.name}"
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(with_changes(config.model_dump(mode="json"), trial.settings, where=where))
     except ValidationError as error:
-        raise explain(error, where=f"trial {trial.name}", options=trial.settings) from error
+        raise explain(error, where=where, options=trial.settings) from error
 
 
 def _metric(config: RunConfig, wanted: str | None) -> Metric:

@@ -65,6 +65,7 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         progress = _resume_or_start(run, checkpoint)
         with _open_sinks(run, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
             laps, progress, stopped_at = _loop(run, status, sinks, profiler, progress)
+        engine.close()
         if stopped_at is not None:
             remedy = GO_ON if config.checkpoint.resume == "auto" else "to go on from there, set checkpoint.resume: auto"
             raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved", remedy=remedy)
