@@ -84,7 +84,6 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     window: list[StepOutcome] = []  # steps since the last log line
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
-    timer = StepTimer(device_clock(engine.device))
     done = progress.step
     status.running(done)
     progress, is_through = catch_up_on_evaluation(run, sinks, progress)
@@ -92,6 +91,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
         return laps, progress, done
 
     watch.enter("input", done + 1)
+    timer = StepTimer(device_clock(engine.device))
     for work in planner.ahead(done):
         step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
         watch.enter("step", step)
