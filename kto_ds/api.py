@@ -4,7 +4,9 @@ The process that calls these is one rank; `launch` starts a command on several. 
 your own mistakes UserError, with `what`, `where` and `remedy`.
 """
 
+import gc
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,25 +15,35 @@ from pydantic import ValidationError
 
 from kto_ds import cli
 from kto_ds.config import RunConfig
-from kto_ds.config_text import explain, write_yaml
-from kto_ds.errors import KtoError, UserError
-from kto_ds.launching import launcher_arguments, run_module
+from kto_ds.config_text import explain, read_yaml, with_changes, write_yaml
+from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError
+from kto_ds.launching import launcher_arguments
 from kto_ds.report.metrics_file import METRICS_FILE, Record, read_records
+from kto_ds.runtime.jobs import run_job
 from kto_ds.staging import release_folders
 
 
 def make_config(**sections: object) -> RunConfig:
     """Return a config of sections and their keys, such as `output_dir="runs/mine", model={"path": ...}`; docs/config.md lists all. UserError names the wrong key."""
-    try:
-        return RunConfig.model_validate(sections)
-    except ValidationError as error:
-        raise explain(error, where="config") from error
+    return _validated(sections, where="config")
 
 
 def read_config(path: str | Path, changes: Mapping[str, object] | None = None) -> RunConfig:
-    """Return the config in a YAML file with some keys changed, such as `{"loss.beta": 0.3}`: what `--config path --loss.beta 0.3` gives."""
-    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (changes or {}).items()]
-    return cli.read_config("train", ["--config", str(path), *options])[0]
+    """Return the config in a YAML file with some keys changed, as `change` does: what `--config path --loss.beta 0.3` gives."""
+    values = read_yaml(Path(path))
+    return _validated(with_changes(values, changes or {}, where="changes"), where=f"{path} and changes" if changes else str(path))
+
+
+def change(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
+    """Return the config with some keys changed, such as `{"loss.beta": 0.3}`. Of a section, `{"loss": {"beta": 0.3}}`, what is not named stays as it is."""
+    return _validated(with_changes(config.model_dump(mode="json"), changes, where="changes"), where="changes")
+
+
+def _validated(values: dict, *, where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, where=where) from error
 
 
 def plan(config: RunConfig, *, gpu: str = "H100", num_gpus: int = 8) -> dict:
@@ -78,20 +90,37 @@ def metrics(config: RunConfig) -> list[Record]:
 
 
 def launch(command: str, config: RunConfig, *, num_ranks: int) -> None:
-    """Run precompute-ref, train or evaluate on `num_ranks` ranks of this machine, and wait. What they print goes to the process's own output; KtoError when they fail."""
+    """Run precompute-ref, train or evaluate on `num_ranks` ranks of this machine, and wait. What they print goes to the process's own output.
+
+    An interrupt has them save, and raises Preempted once they have. KtoError, with their exit code, when they fail.
+    """
     if command in cli.SINGLE_PROCESS or command not in cli.COMMANDS:
         raise UserError(f"{command} does not run on several ranks", where="command", remedy="launch precompute-ref, train, evaluate or doctor")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         write_yaml(config, file)
         file.flush()
-        exit_code = run_module("deepspeed.launcher.runner", launcher_arguments([command, "--config", file.name], num_ranks=num_ranks))
+        exit_code, signal_name = run_job([sys.executable, "-m", "deepspeed.launcher.runner", *launcher_arguments([command, "--config", file.name], num_ranks=num_ranks)])
+    if signal_name or exit_code == EXIT_PREEMPTED:
+        raise Preempted(f"{signal_name or f'exit code {exit_code}'}: {command} on {num_ranks} ranks is stopped; launch it again to go on")
     if exit_code:
-        raise KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")
+        error = KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")
+        error.exit_code = exit_code
+        raise error
 
 
 def _run(command: str, config: RunConfig, **options: object) -> None:
-    """Run a stage in this process, which lives on: a command of its own may write to the same folder afterwards."""
+    """Run a stage in this process, which lives on: a command of its own may write to the same folder afterwards, and another model needs the memory of this one."""
+    stage = cli.load_stage(command)
     try:
-        cli.load_stage(command)(config, **options)
+        stage(config, **options)
     finally:
         release_folders()
+        _free_memory()
+
+
+def _free_memory() -> None:
+    import torch  # which the stage has imported
+
+    gc.collect()  # a model refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,14 +1,16 @@
 """The config as text: YAML in and out, keys by name, and pydantic's findings as one message."""
 
+import copy
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -127,6 +129,29 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
         for kind in get_args(field.annotation) if isinstance(field.annotation, UnionType) else [field.annotation]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def with_changes(values: dict, changes: Mapping[str, object], *, where: str) -> dict:
+    """Return the nested values of a config with some dotted keys changed. Of a section, what is not named stays as it is; UserError for a key that there is not."""
+    changed, known = copy.deepcopy(values), set(known_keys())
+    for key, value in _by_leaf(to_jsonable_python(changes, serialize_unknown=True), known):  # a Path as text, a tuple as a list
+        if key not in known:
+            raise UserError(f"{key}: unknown key", where=where, remedy=nearest_key(key))
+        section, (*path, leaf) = changed, key.split(".")
+        for name in path:
+            section[name] = section = section[name] if isinstance(section.get(name), dict) else {}
+        section[leaf] = value
+    return changed
+
+
+def _by_leaf(changes: dict, known: set[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value); those of a section one by one."""
+    for name, value in changes.items():
+        key = f"{prefix}{name}"
+        if value and isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
+            yield from _by_leaf(value, known, f"{key}.")
+        else:
+            yield key, value
 
 
 def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str, object]:

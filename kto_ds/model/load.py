@@ -67,8 +67,12 @@ def load_policy(
     folder, names = weight_files(model)
     began, size = time.monotonic(), sum((folder / name).stat().st_size for name in names)
     is_main = not deepspeed.comm.is_initialized() or deepspeed.comm.get_rank() == 0
-    lm = _stream(model, config, attention, partition_for, beat) if partition_for else None
-    lm = lm or _from_pretrained(model, config, attention, partition_for, None if device is None else {"": device})
+    try:
+        lm = _stream(model, config, attention, partition_for, beat) if partition_for else None
+        lm = lm or _from_pretrained(model, config, attention, partition_for, None if device is None else {"": device})
+    except torch.OutOfMemoryError as error:
+        remedy = "use more GPUs with a deepspeed.config of stage 3, or one with offload; of a model that is only read, set reference.placement: sharded"
+        raise UserError(f"{model.path} does not fit into the device's memory: {str(error).splitlines()[0]}", where="model.path", remedy=remedy) from error
     seconds = time.monotonic() - began
     if is_main:
         print(f"weights: {size / 1e9:,.2f} GB from {len(names)} file{'s' if len(names) > 1 else ''} in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s", flush=True)
@@ -105,6 +109,8 @@ def _from_pretrained(model: ModelConfig, config: PretrainedConfig, attention: st
             device_map=device_map,
             quantization_config=four_bits(DTYPES[model.dtype]) if model.load_in_4bit else None,
         )  # fmt: skip
+    except torch.OutOfMemoryError:  # a RuntimeError, whose remedy is not another model
+        raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # a quantised model asks for libraries of its own
         raise UserError(f"cannot load {model.path}: {str(error).splitlines()[0]}", where="model.path") from error
     del keep_alive

@@ -16,16 +16,15 @@ class Way(NamedTuple):
     max_new_tokens: int
     temperature: float  # 0: always the likeliest token
     top_p: float
-    stop_ids: list[int]
 
-    @property
-    def generation_config(self) -> GenerationConfig:
+    def generation_config(self, stop_ids: list[int]) -> GenerationConfig:
         drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {"do_sample": False}
-        return GenerationConfig(max_new_tokens=self.max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.stop_ids[0], **drawn)
+        return GenerationConfig(max_new_tokens=self.max_new_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **drawn)
 
 
 class Speaker(NamedTuple):
     lm: PreTrainedModel
+    stop_ids: list[int]
     is_below_adapters: bool = False  # speaks as the model that the adapters lie on
 
     def speaking(self):
@@ -48,9 +47,9 @@ def answer(speaker: Speaker, tokenizer: PreTrainedTokenizerBase, prompt_ids: lis
     """Return the tokens of an answer, its end among them; `on_text` gets the text piece by piece. What the model's makers prefer in sampling is left out."""
     speaker.lm.generation_config = GenerationConfig()
     torch.manual_seed(seed)
-    ids = torch.tensor([prompt_ids], device=speaker.lm.device)
+    ids, listener = torch.tensor([prompt_ids], device=speaker.lm.device), _Listener(tokenizer, on_text)
     with speaker.speaking():
-        whole = speaker.lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=way.generation_config, streamer=_Listener(tokenizer, on_text))
+        whole = speaker.lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=way.generation_config(speaker.stop_ids), streamer=listener)
     return whole[0, len(prompt_ids) :].tolist()
 
 

@@ -1,5 +1,6 @@
 """What the person at the terminal sees of a chat: answers side by side where there is room, below each other elsewhere, as they come."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from rich.text import Text
 
 WIDE = 100  # columns from which on two answers have room beside each other
 STYLES = ("bold green", "bold yellow")
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # what follows would be shown in another order, our own words too
 Hear = Callable[[str, str], None]  # (name of who speaks, the next piece of the answer)
 
 
@@ -83,5 +85,9 @@ def tell(console: Console, text: str, style: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text without control codes: what a model says must not move the cursor."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """Return a text without control codes: what a model says must not move the cursor. Spaces and joiners of other scripts are text."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    return character in TURNING or unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"

@@ -156,6 +156,10 @@ class Engine:
         self._set_hyperparameters()
         self._share_moments()
 
+    def close(self) -> None:
+        """Let go of the model and of what is trained: the hooks by which DeepSpeed holds on to both. There is no other call after this one."""
+        self.deepspeed.destroy()
+
     # With offload_optimizer.ratio below 1, what stays on the device has an optimizer of its own. DeepSpeed never tells it of a new learning rate, and saves nothing of it.
 
     @property

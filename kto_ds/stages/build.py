@@ -55,7 +55,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.model.lora is not None:  # a checkpoint does not hold the weights below the adapters
         identity["base model"] = reference_model if config.reference.path is None else on_main_rank(lambda: model_digest(config.model))
     reference_way = reference_manifest["attention"], reference_manifest["kernels"]
-    questions = open_questions(config.eval.generate, config.model, splits)
+    questions = open_questions(config.eval.generate, config.model, splits, max_tokens=config.batch.scoring_tokens)
     return Inputs(splits, reference_logps, reference_way, plan, loss, run_record(config, loss, identity), questions)
 
 

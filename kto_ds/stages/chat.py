@@ -1,5 +1,6 @@
 """A chat at the terminal: the policy, from an export or a checkpoint, beside the reference, with the reward of each answer."""
 
+import io
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,17 +17,18 @@ from kto_ds.model.speaker import Speaker, Way, answer, logp_of
 from kto_ds.model.support import DTYPES, longest_servable, read_model_config
 from kto_ds.report.chat_view import Reward, hearing, show_rewards, tell
 from kto_ds.runtime.collectives import World, start
-from kto_ds.stages.identity import reference_model, run_tokenizer, weights_of_config
+from kto_ds.stages.identity import reference_model, require_same_tokenizer, run_tokenizer, tokenizer_identity, weights_of_config
 from kto_ds.stages.samples import stop_ids_of
 from kto_ds.stages.trained import choose_checkpoint, exported_model, put_weights, require_same_config, trained_weights
 
 EXPORT_FIRST = "run kto-ds export --config RUN.yaml, give --checkpoint latest, or set eval.path"
 POLICY, REFERENCE = "policy", "reference"
+MAX_SEED = 2**32 - 1  # as of a run
 HELP = """\
   /reset        forget the conversation
   /undo         take the last question and its answers back
   /system TEXT  begin anew, with this system message; without a text with none
-  /seed N       draw the next answers from this seed
+  /seed N       draw the next answers from this seed, below 2**32
   /help         this list
   /quit         leave, as Ctrl-D does; Ctrl-C breaks an answer off"""
 
@@ -41,7 +43,7 @@ class Chat(NamedTuple):
     template_options: dict
     way: Way
     beta: float
-    positions: int | None  # that the models have
+    positions: int | None  # that all of the models have
     console: Console
 
 
@@ -53,9 +55,9 @@ def main(
         if not fits:
             raise UserError(f"{value} is out of range", where=f"--{name}", remedy="give a number above 0, top_p at most 1; a temperature of 0 takes the likeliest token always")
     tokenizer, console = run_tokenizer(config), Console()
-    way = Way(max_new_tokens, temperature, top_p, stop_ids_of(config.model, tokenizer))
+    way = Way(max_new_tokens, temperature, top_p)
     try:
-        speakers, models = _speakers(config, checkpoint, policy_only, start(timeout_seconds=config.train.setup_timeout_seconds))
+        speakers, models = _speakers(config, checkpoint, policy_only, tokenizer, start(timeout_seconds=config.train.setup_timeout_seconds))
     except torch.OutOfMemoryError as error:
         remedy = "give --policy_only to leave the reference out, or let this process see more GPUs (CUDA_VISIBLE_DEVICES)"
         raise UserError(f"the models do not fit into the device's memory: {str(error).splitlines()[0]}", where="kto-ds chat", remedy=remedy) from error
@@ -64,17 +66,18 @@ def main(
     if not tokenizer.chat_template:
         tell(console, "the tokenizer has no chat template: each line is a prompt as it stands, and by itself", "dim")
     tell(console, "/help lists what else there is to type", "dim")
-    positions = longest_servable(read_model_config(config.model))
+    positions = min((limit for speaker in speakers.values() if (limit := longest_servable(speaker.lm.config))), default=None)
     _talk(Chat(speakers, tokenizer, config.data.chat_template_kwargs, way, config.loss.beta, positions, console), config.seed)
 
 
 # the models
 
 
-def _speakers(config: RunConfig, checkpoint: str | None, policy_only: bool, world: World) -> tuple[dict[str, Speaker], list[str]]:
+def _speakers(config: RunConfig, checkpoint: str | None, policy_only: bool, tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[dict[str, Speaker], list[str]]:
     """Return the models by name, and in words what they are. Adapters and the reference below them share their weights."""
     if checkpoint is None:
         path, model, adapter = exported_model(config, remedy=EXPORT_FIRST)
+        require_same_tokenizer(model, tokenizer_identity(tokenizer), where="eval.path")
         model_config = _served(model, world)
         lm, has_adapters = load_plain(model, model_config, device_map=_device_map(world), adapter=adapter and adapter.folder), adapter is not None
     else:
@@ -85,13 +88,14 @@ def _speakers(config: RunConfig, checkpoint: str | None, policy_only: bool, worl
         lm = load_plain(model, model_config, device_map=_device_map(world))
         if has_adapters:
             add_adapters(lm, config.model.lora, seed=config.seed)
-        put_weights(lm, trained_weights(chosen), DTYPES[model.dtype])
-    speakers, models = {POLICY: Speaker(lm)}, [path]
+        put_weights(lm, trained_weights(chosen, log=io.StringIO()), DTYPES[model.dtype])
+    speakers, models = {POLICY: Speaker(lm, stop_ids_of(model, tokenizer))}, [path]
     if not policy_only:
         section = reference_model(config)
+        require_same_tokenizer(section, tokenizer_identity(tokenizer), where="reference.path")
         shares = has_adapters and section == model
-        reference = Speaker(lm, is_below_adapters=True) if shares else Speaker(load_plain(section, _served(section, world), device_map=_device_map(world)))
-        speakers[REFERENCE] = reference
+        below = lm if shares else load_plain(section, _served(section, world), device_map=_device_map(world))
+        speakers[REFERENCE] = Speaker(below, stop_ids_of(section, tokenizer), is_below_adapters=shares)
         models.append(section.path)
     return speakers, models
 
@@ -129,7 +133,7 @@ def _talk(chat: Chat, seed: int) -> None:
                 histories = {name: [{"role": "system", "content": text}] if text else [] for name in chat.speakers}
             case "/undo":
                 histories = {name: history[:-2] if history[-1:] and history[-1]["role"] == "assistant" else history for name, history in histories.items()}
-            case "/seed" if text.isdecimal():
+            case "/seed" if text.isdecimal() and len(text) <= len(str(MAX_SEED)) and int(text) <= MAX_SEED:
                 seed, num_asked = int(text), 0
             case _ if line.startswith("/"):
                 tell(chat.console, f"{excerpt(line)} is not understood; /help lists what is")
@@ -178,6 +182,9 @@ def _answered(chat: Chat, histories: dict[str, Messages], question: str, seed: i
     except KeyboardInterrupt as signalled:
         _require_ctrl_c(signalled)
         tell(chat.console, "broken off, and taken back")
+        return histories
+    except torch.OutOfMemoryError:
+        tell(chat.console, "no memory left for this answer; /reset or /undo")
         return histories
     texts = {name: chat.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
     return {name: [*messages, {"role": "assistant", "content": texts[name]}] for name, messages in asked.items()}

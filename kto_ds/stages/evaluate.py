@@ -41,13 +41,13 @@ def main(config: RunConfig) -> None:
 def _evaluate(config: RunConfig, path: str, model: ModelConfig, model_config: PretrainedConfig, adapter: Adapter | None, world: World) -> None:
     require_lora_served(model, model_config, world.device)
     splits, manifest = open_dataset(config)
-    on_main_rank(lambda: require_same_tokenizer(model, manifest, where="eval.path"))
+    on_main_rank(lambda: require_same_tokenizer(model, manifest["identity"], where="eval.path"))
     references, _ = open_reference(config, splits, manifest)
     loss, names = resolve_weights(config.loss, splits["train"]), evaluation_splits(splits)
     for name in names:
         require_positions(model_config, splits[name].longest_pair_tokens, "eval.path")
         require_fit(splits[name].longest_pair_tokens, config.reference.max_tokens_per_microbatch, "reference.max_tokens_per_microbatch")
-    questions = open_questions(config.eval.generate, model, splits, where="eval.path")
+    questions = open_questions(config.eval.generate, model, splits, max_tokens=config.reference.max_tokens_per_microbatch, where="eval.path")
     serving = choose_serving(model, model_config, world.device)
     scorer = load_scorer(config, model, model_config, serving, place(config, model, model_config, world), world, adapter=adapter and adapter.folder)
     sharding = Sharding(serving.layout, config.reference.max_tokens_per_microbatch, world.rank, world.num_ranks, world.device)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
@@ -57,8 +56,7 @@ def _export(config: RunConfig, checkpoint: str, merge: bool) -> Path:
 
 
 def _write(config: RunConfig, model_config: PretrainedConfig, chosen: Checkpoint, loss: LossConfig, log: TextIO, *, merge: bool) -> Path:
-    with redirect_stdout(log), redirect_stderr(log):  # DeepSpeed narrates
-        weights = trained_weights(chosen)
+    weights = trained_weights(chosen, log=log)
     tokenizer, text = run_tokenizer(config), _model_card(config, loss, chosen, is_adapter=config.model.lora is not None and not merge)
     target, began = config.merged_dir if merge else config.export_dir, time.monotonic()
     with staged_folder(target) as folder:

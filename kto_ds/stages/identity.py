@@ -156,10 +156,10 @@ def run_record(config: RunConfig, loss: LossConfig, identity: dict) -> dict:
     return {"config": redact_values(resolved), "identity": identity, "versions": library_versions()}
 
 
-def require_same_tokenizer(model: ModelConfig, dataset_manifest: dict, *, where: str) -> None:
-    """Refuse a model whose tokenizer gives other ids than the one the dataset was prepared with."""
+def require_same_tokenizer(model: ModelConfig, identity: dict, *, where: str) -> None:
+    """Refuse a model whose tokenizer gives other ids than that of `identity`: a dataset's, or tokenizer_identity."""
     tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    found = {"tokenizer": dataset_manifest["identity"]["tokenizer"]}
+    found = {"tokenizer": identity["tokenizer"]}
     require_match({"tokenizer": tokenizer_identity(tokenizer)["tokenizer"]}, found, where=where, remedy="use models that share the tokenizer of model.path")
 
 

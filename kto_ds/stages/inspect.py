@@ -86,7 +86,7 @@ def _open(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     """
     folder = config.dataset_dir
     manifest = read_dataset_manifest(folder)
-    require_same_tokenizer(config.model, manifest, where="model.path")
+    require_same_tokenizer(config.model, manifest["identity"], where="model.path")
     require_whole_dataset(folder, manifest)
     try:
         require_same_dataset(dataset_identity(config, tokenizer), manifest["identity"], where=str(folder), remedy=PREPARE_FIRST)

@@ -62,7 +62,7 @@ def _precompute(config: RunConfig, model: ModelConfig, model_config: PretrainedC
     splits, dataset_manifest = open_dataset(config)
     require_positions(model_config, max(split.longest_pair_tokens for split in splits.values()), "reference.path" if config.reference.path else "model.path")
     if config.reference.path:
-        on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest, where="reference.path"))
+        on_main_rank(lambda: require_same_tokenizer(model, dataset_manifest["identity"], where="reference.path"))
     require_lora_served(model, model_config, world.device)
     identity = on_main_rank(lambda: reference_identity(config, dataset_manifest))
     origin = reference_origin(config, dataset_manifest)

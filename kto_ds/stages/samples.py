@@ -38,26 +38,33 @@ class Questions(NamedTuple):
     stop_ids: list[int]
 
 
-def open_questions(settings: GenerateConfig | None, model: ModelConfig, splits: dict[str, TokenizedSplit], *, where: str = "model.path") -> Questions | None:
-    """Choose the prompts of eval.generate; none where that is null. `where` is the key that names the model."""
+def open_questions(
+    settings: GenerateConfig | None, model: ModelConfig, splits: dict[str, TokenizedSplit], *, max_tokens: int, where: str = "model.path"
+) -> Questions | None:
+    """Choose the prompts of eval.generate; none where that is null. `where` is the key that names the model.
+
+    A prompt is answered by one rank, which takes it in one forward of at most `max_tokens`, also where ranks share longer rows between them.
+    """
     if settings is None:
         return None
     tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     positions = longest_servable(find_model_config(model, where=where))
-    longest_prompt = None if positions is None else positions - settings.max_new_tokens
-    examples = {name: spread_prompts(splits[name], settings.num_prompts, longest_prompt) for name in evaluation_splits(splits)}
+    room = max_tokens if positions is None else positions - settings.max_new_tokens
+    examples = {name: spread_prompts(splits[name], settings.num_prompts, min(room, max_tokens)) for name in evaluation_splits(splits)}
     if empty := [name for name, chosen in examples.items() if not len(chosen)]:
+        if room >= max_tokens:
+            what = f"every prompt of {empty[0]} has more tokens than a forward of one rank may have, {max_tokens:,}, and ranks do not share a prompt that is answered"
+            raise UserError(what, where="eval.generate", remedy="raise batch.max_tokens_per_scoring_microbatch, or set eval.generate: null")
         what = f"no prompt of {empty[0]} leaves room for so many tokens: the model has only {positions:,} positions to use"
         raise UserError(what, where="eval.generate.max_new_tokens", remedy="lower it")
     return Questions(settings, examples, tokenizer, stop_ids_of(model, tokenizer))
 
 
-def spread_prompts(split: TokenizedSplit, num_prompts: int, longest: int | None) -> np.ndarray:
+def spread_prompts(split: TokenizedSplit, num_prompts: int, longest: int) -> np.ndarray:
     """Return the first example of each of `num_prompts` distinct prompts, at equal distances among those of at most `longest` tokens; of all where there are fewer."""
     _, firsts = np.unique(split.prompt_of, return_index=True)
     firsts = np.sort(firsts)
-    if longest is not None:
-        firsts = firsts[split.prompt_lengths[split.prompt_of[firsts]] <= longest]
+    firsts = firsts[split.prompt_lengths[split.prompt_of[firsts]] <= longest]
     chosen = min(num_prompts, len(firsts))
     return firsts[np.arange(chosen) * len(firsts) // max(1, chosen)]
 

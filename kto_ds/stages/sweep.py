@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from kto_ds.artifacts import read_json, write_atomically
 from kto_ds.config import RunConfig
 from kto_ds.config_data import HELD_OUT
-from kto_ds.config_text import explain, known_keys, leaves, nearest_key, read_yaml
+from kto_ds.config_text import explain, known_keys, leaves, nearest_key, read_yaml, with_changes
 from kto_ds.data.dataset import TokenizedSplit
 from kto_ds.errors import EXIT_PREEMPTED, KtoError, Preempted, UserError, excerpt, reading
 from kto_ds.launching import launcher_arguments
@@ -105,16 +105,11 @@ def _read_values(path: Path) -> dict[str, list]:
 
 def _trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     """Return the config of a trial; UserError for a value that a key does not take."""
-    values = config.model_dump(mode="json")
-    for key, value in trial.settings.items():
-        section, (*path, leaf) = values, key.split(".")
-        for name in path:
-            section[name] = section = section.get(name) or {}
-        section[leaf] = value
+    where = f"trial {trial.name}"
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(with_changes(config.model_dump(mode="json"), trial.settings, where=where))
     except ValidationError as error:
-        raise explain(error, where=f"trial {trial.name}", options=trial.settings) from error
+        raise explain(error, where=where, options=trial.settings) from error
 
 
 def _metric(config: RunConfig, wanted: str | None) -> Metric:
@@ -177,7 +172,7 @@ def _own_options(sweep: Sweep, trial: Trial) -> dict[str, object]:
 
 
 def _resolved(config: RunConfig, trial: Trial) -> dict[str, object]:
-    """Return the settings of a trial with every key of a section that one stands for: a command merges what it is given of a section with that of the config."""
+    """Return the settings of a trial, a mapping as the keys of the whole section that it gives: nothing is left for a command line to merge."""
     found = leaves(RunConfig, _trial_config(config, trial).model_dump(mode="json"))
     settings: dict[str, object] = {}
     for key, value in trial.settings.items():

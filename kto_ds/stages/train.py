@@ -65,6 +65,7 @@ def main(config: RunConfig, profile: bool = False, accept_changes: bool = False,
         progress = _resume_or_start(run, checkpoint)
         with _open_sinks(run, progress.step) as sinks, StepProfiler(config.output_dir if profile and world.is_main else None) as profiler:
             laps, progress, stopped_at = _loop(run, status, sinks, profiler, progress)
+        engine.close()
         if stopped_at is not None:
             remedy = GO_ON if config.checkpoint.resume == "auto" else "to go on from there, set checkpoint.resume: auto"
             raise preempted(world, f"{reason_to_stop(watch)}: stopped after step {stopped_at} of {inputs.plan.num_steps}, which is saved", remedy=remedy)
@@ -83,7 +84,6 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
     window: list[StepOutcome] = []  # steps since the last log line
     laps: list[Lap] = []
     peak = peak_flops(engine.device, config.model.dtype)
-    timer = StepTimer(device_clock(engine.device))
     done = progress.step
     status.running(done)
     progress, is_through = catch_up_on_evaluation(run, sinks, progress)
@@ -91,6 +91,7 @@ def _loop(run: Run, status: RunStatus, sinks: Sinks, profiler: StepProfiler, pro
         return laps, progress, done
 
     watch.enter("input", done + 1)
+    timer = StepTimer(device_clock(engine.device))
     for work in planner.ahead(done):
         step, learning_rate, began = work.step, engine.learning_rate, time.monotonic()
         watch.enter("step", step)

@@ -1,7 +1,9 @@
 """What training has made, for the commands that come after it: a checkpoint by its name, with its weights, or an exported model."""
 
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -52,9 +54,10 @@ def require_same_config(config: RunConfig, loss: LossConfig, checkpoint: Checkpo
         raise UserError("\n  ".join(["trained with another config:", *differing]), where=str(checkpoint.folder), remedy=remedy)
 
 
-def trained_weights(checkpoint: Checkpoint) -> dict[str, LazyWeight]:
-    """Return what a checkpoint holds of the language model, by its names: all of it, or its adapters."""
-    return {name.removeprefix(POLICY_PREFIX): weight for name, weight in read_weights(checkpoint).items()}
+def trained_weights(checkpoint: Checkpoint, *, log: TextIO) -> dict[str, LazyWeight]:
+    """Return what a checkpoint holds of the language model, by its names: all of it, or its adapters. DeepSpeed narrates, to `log`."""
+    with redirect_stdout(log), redirect_stderr(log):
+        return {name.removeprefix(POLICY_PREFIX): weight for name, weight in read_weights(checkpoint).items()}
 
 
 def whole(name: str, weight: LazyWeight, dtype: torch.dtype) -> Tensor:

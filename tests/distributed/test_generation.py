@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kto_ds import cli
 from kto_ds.report.samples_file import read_samples
+from kto_ds.stages import run
+from tests.distributed import ranks
 from tests.distributed.ranks import run_commands
 from tests.distributed.runs import read_metrics, write_zero
 from tests.distributed.tiny_run import config_of
@@ -19,6 +22,7 @@ from tests.unit.test_generate import naive_greedy
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS, NUM_TOKENS = 4, 6
+SLOW_SECONDS = 5.0
 GREEDY = dict(train__max_steps=NUM_STEPS, eval__generate__num_prompts=3, eval__generate__max_new_tokens=NUM_TOKENS)
 DRAWN = {**GREEDY, "eval__generate__num_prompts": 1, "eval__generate__temperature": 1.0, "eval__generate__top_p": 0.9}
 
@@ -87,6 +91,20 @@ def test_rows_of_the_dataset_stand_beside_the_samples(tiny, results):
     assert smallest != 0 and smallest < max(metrics["rewards/chosen"], metrics["rewards/rejected"]) and largest > min(metrics["rewards/chosen"], metrics["rewards/rejected"])
 
 
+def slow_answers(rank: int) -> None:
+    def slow(*args, ask=run.ask, step, **options):
+        time.sleep(SLOW_SECONDS if step == 0 else 0)
+        ask(*args, step=step, **options)
+
+    run.ask = slow
+
+
+def test_what_is_answered_before_the_first_step_is_no_time_of_training(tiny, tmp_path):
+    command = ["train", *config_of(tiny, output_dir=tmp_path / "run", **{**GREEDY, "train__max_steps": 1})]
+    assert ranks.run(command, log=tmp_path / "log", num_ranks=1, before=slow_answers)[0] == [0]
+    assert read_metrics(tmp_path / "run")[0]["seconds/host"] < SLOW_SECONDS
+
+
 def test_evaluate_generates_with_the_export(tiny, results):
     trained = [{**sample, "step": None, "before": None} for sample in samples_of(tiny / "greedy1") if sample["step"] == NUM_STEPS]
     for folder in ("evaluate1", "evaluate2"):
@@ -99,5 +117,7 @@ def test_chat_with_a_checkpoint_is_chat_with_its_export(tiny, results, monkeypat
     for options in ([], ["--checkpoint", "latest"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("t5 t6\nt7\n"))
         assert cli.main(["chat", *config_of(tiny, output_dir=tiny / "greedy1"), "--temperature", "0", "--max-new-tokens", "8", *options]) == 0
-        spoken.append(capsys.readouterr().out.partition("/help")[2])
+        transcript = capsys.readouterr().out
+        assert "zero checkpoint" not in transcript, "what DeepSpeed says while it reads is no part of a chat"
+        spoken.append(transcript.partition("/help")[2])
     assert spoken[0] == spoken[1] and spoken[0].count("reward of the policy's answer") == 2

@@ -3,10 +3,12 @@
 import contextlib
 import fcntl
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from kto_ds import cli
 from kto_ds.config import GenerateConfig, LoraConfig
 from kto_ds.model.lora import add_adapters, adapted_layers, weight_names, without_adapters, write_adapter
-from kto_ds.report.chat_view import hearing
+from kto_ds.report.chat_view import hearing, printable
 from kto_ds.stages.chat import HELP
 from tests.distributed.runs import ROOT, environment, number_tokenizer, write_config, write_rows
 
@@ -156,6 +158,57 @@ def test_adapters_share_their_weights_with_the_reference(folder, monkeypatch, ca
 def test_what_does_not_fit_the_positions_is_not_asked(folder, monkeypatch, capsys):
     transcript = chat(folder, monkeypatch, capsys, " ".join(["t5"] * 60), "t5")
     assert "this takes 67, and the model has 64 positions" in transcript and len(answers_of(transcript, "policy")) == 1
+
+
+def test_the_model_that_answers_says_when_and_has_the_positions(folder, monkeypatch, capsys, tmp_path):
+    other = shutil.copytree(folder / "run" / "export", tmp_path / "other")
+    answer = greedy(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval(), [5, 6])
+    for file, changes in (("config.json", {"max_position_embeddings": 16}), ("generation_config.json", {"eos_token_id": [2, answer[1]]})):
+        (other / file).write_text(json.dumps({**json.loads((other / file).read_text()), **changes}))
+    transcript = chat(folder, monkeypatch, capsys, "t5 t6", "/reset", " ".join(["t5"] * 12), options=(*GREEDY, "--eval.path", str(other)))
+    assert answers_of(transcript, "policy") == [answer[: answer.index(answer[1]) + 1]] and len(answers_of(transcript, "reference")[0]) > 2
+    assert "this takes 19, and the model has 16 positions" in transcript
+
+
+@pytest.mark.parametrize("key", ["eval.path", "reference.path"])
+def test_another_tokenizer_is_refused(folder, monkeypatch, capsys, tmp_path, key):
+    other = shutil.copytree(folder / "model", tmp_path / "other")
+    number_tokenizer(62).save_pretrained(other)
+    error = chat(folder, monkeypatch, capsys, "t5", options=(*GREEDY, f"--{key}", str(other)), exit_code=2)
+    assert re.search(rf"{key}: .*tokenizer", error, re.DOTALL) and "share the tokenizer of model.path" in error
+
+
+def test_a_seed_is_no_longer_than_one_of_a_run(folder, monkeypatch, capsys):
+    transcript = chat(folder, monkeypatch, capsys, f"/seed {'9' * 30}", f"/seed {2**32}", f"/seed {'9' * 5000}", f"/seed {2**32 - 1}", "t5")
+    assert transcript.count("is not understood") == 3 and len(answers_of(transcript, "policy")) == 1
+
+
+def test_lack_of_memory_takes_a_question_back_or_is_one_message(folder, monkeypatch, capsys):
+    short = [True]
+
+    def generate(self, *args, original=LlamaForCausalLM.generate, **options):
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    transcript = chat(folder, monkeypatch, capsys, "t5 t6", "t8")
+    lm = AutoModelForCausalLM.from_pretrained(folder / "run/export", dtype=torch.float32).eval()
+    assert "no memory left for this answer" in transcript and answers_of(transcript, "policy") == [shown(greedy(lm, [8]))]
+
+    def load(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    error = chat(folder, monkeypatch, capsys, "t5", exit_code=2)
+    assert "do not fit into the device's memory" in error and "--policy_only" in error
+
+
+def test_spaces_and_joiners_of_other_scripts_are_text_and_control_codes_are_not():
+    text = "12\u202f000\u00a0km\u3000\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469\n\t\u200f"
+    assert printable(text) == text
+    assert printable("a\x1b[2J\r\x9b\ud800\u202e\u2066\u2069b") == "a\ufffd[2J" + "\ufffd" * 6 + "b"
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,17 +1,20 @@
 """Which prompts eval.generate asks, when, and what becomes of samples.jsonl."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from kto_ds.cli import read_config
+from kto_ds.config import GenerateConfig, ModelConfig
 from kto_ds.data.batch_plan import plan_batches
 from kto_ds.errors import UserError
 from kto_ds.report.samples_file import drop_after, read_samples, write_samples
 from kto_ds.stages.run import Inputs, Run
-from kto_ds.stages.samples import Questions, spread_prompts, text_after
+from kto_ds.stages.samples import Questions, open_questions, spread_prompts, text_after
 from tests.distributed.runs import number_tokenizer
 from tests.unit.splits import make_split
 from tests.unit.test_config_cli import run_file
@@ -24,11 +27,28 @@ def split_of(prompt_lengths: list[int], completions_each: int = 2):
 
 def test_prompts_are_distinct_and_spread():
     split = split_of([2, 3, 4, 5, 6, 7, 8, 9, 10])
-    chosen = spread_prompts(split, 4, None)
+    chosen = spread_prompts(split, 4, 50)
     assert split.prompt_of[chosen].tolist() == [0, 2, 4, 6] and (np.diff(chosen) > 0).all()
-    assert len(spread_prompts(split, 100, None)) == 9
+    assert len(spread_prompts(split, 100, 50)) == 9
     assert split.prompt_lengths[split.prompt_of[spread_prompts(split, 9, 5)]].tolist() == [2, 3, 4, 5]
     assert len(spread_prompts(split, 9, 1)) == 0
+
+
+def test_a_prompt_that_is_too_long_for_one_rank_is_not_asked(tmp_path):
+    make_model(tmp_path, positions=32)
+    settings, splits = GenerateConfig(num_prompts=9, max_new_tokens=8), {"eval": split_of([4, 12, 20])}
+    ask = partial(open_questions, settings, ModelConfig(path=str(tmp_path)), splits)
+    lengths = [splits["eval"].prompt_lengths[splits["eval"].prompt_of[ask(max_tokens=limit).examples["eval"]]].tolist() for limit in (100, 12)]
+    assert lengths == [[4, 12, 20], [4, 12]]
+    with pytest.raises(UserError, match=r"every prompt of eval has more tokens than a forward of one rank may have, 3.*\n.*max_tokens_per_scoring_microbatch"):
+        ask(max_tokens=3)
+    with pytest.raises(UserError, match="leaves room"):
+        partial(open_questions, settings.model_copy(update={"max_new_tokens": 30}), *ask.args[1:])(max_tokens=100)
+
+
+def make_model(folder: Path, *, positions: int) -> None:
+    LlamaConfig(vocab_size=20, max_position_embeddings=positions).save_pretrained(folder)
+    number_tokenizer(20).save_pretrained(folder)
 
 
 def test_text_is_that_behind_the_prompt_and_ends_before_the_stop_token():

@@ -157,14 +157,14 @@ def test_another_base_is_refused(tmp_path, capsys, key, value):
     assert "the config has changed since the trials that are there" in error and f"{key}: was " in error
 
 
-def test_a_mapping_stands_for_a_whole_section(tmp_path, capsys):
+def test_a_mapping_changes_what_it_names_of_a_section(tmp_path, capsys):
     run = run_file(tmp_path, model={"path": "m", "lora": {"r": 4, "lora_alpha": 99, "use_rslora": True}})
     values = tmp_path / "values.yaml"
     values.write_text("model.lora: [{r: 8}]\ntrain: [{num_train_epochs: 2}]\n")
     assert cli.run(["sweep", "--config", run, "--values", str(values), "--train.max_steps", "5", "--model.lora.target_modules", '["q_proj"]', "--num_gpus", "1", "--print-commands"]) == 0
     [command] = capsys.readouterr().out.splitlines()
     config, _ = cli.read_config("train", shlex.split(command)[2:])
-    assert config.model.lora == LoraConfig(r=8) and config.train == TrainConfig(num_train_epochs=2)
+    assert config.model.lora == LoraConfig(r=8, lora_alpha=99, use_rslora=True, target_modules=["q_proj"]) and config.train == TrainConfig(num_train_epochs=2, max_steps=5)
 
 
 @pytest.mark.parametrize("metric", [[], ["--metric", "eval/rewards/acu"]])
