@@ -192,7 +192,7 @@ def _step(sample: dict) -> int:
 
 
 def _when(sample: dict) -> str:
-    reward = f", reward {sample['reward']:.3g}" if is_number(sample.get("reward")) else ""
+    reward = f", reward of the answer in the data {sample['dataset_reward']:.3g}" if is_number(sample.get("dataset_reward")) else ""
     return f"step {_step(sample):,}{reward}"
 
 

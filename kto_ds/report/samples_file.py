@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from kto_ds.artifacts import write_atomically
 from kto_ds.report.metrics_file import whole_records
@@ -10,7 +11,19 @@ from kto_ds.report.metrics_file import whole_records
 SAMPLES_FILE = "samples.jsonl"
 EVALUATION_SAMPLES_FILE = "evaluation_samples.jsonl"  # of kto-ds evaluate
 
-Sample = dict[str, str | int | float | bool | None]
+
+class Sample(TypedDict):
+    split: str
+    step: int | None  # None in the file of kto-ds evaluate
+    row: str  # the file and line of the first row with this prompt
+    prompt: str
+    completion: str
+    before: str | None  # what it said at step 0; None where it was not asked then
+    num_tokens: int  # of the completion
+    stopped: str  # by what the completion ended: eos or length
+    label: bool
+    dataset_completion: str  # of the row
+    dataset_reward: float | None  # of the row's completion; None where it is no number
 
 
 def read_samples(path: Path) -> list[Sample]:

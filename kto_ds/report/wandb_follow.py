@@ -16,7 +16,7 @@ POLL_SECONDS = 0.5
 NO_VERSION = (0, 0)  # of a file that is not there
 # That the status of a run has to say how it ended. After an error of a collective it takes LOST_SECONDS of runtime/watch.py; what is left of FINISH_SECONDS is for the upload.
 STATUS_SECONDS = 30.0
-SAMPLE_COLUMNS = ("step", "row", "label", "prompt", "before", "completion", "dataset_completion", "reward")
+SAMPLE_COLUMNS = ("step", "row", "label", "prompt", "before", "completion", "dataset_completion", "dataset_reward")
 
 
 def follow(run: wandb.Run, folder: Path, ended: threading.Event, *, watch_from: int | None, stall_seconds: float) -> int:

@@ -104,9 +104,9 @@ def ask(asker: Asker, output_dir: Path, *, step: int | None, file: str = SAMPLES
 
         def add() -> None:
             before = {sample["prompt"]: sample["completion"] for sample in read_samples(output_dir / SAMPLES_FILE) if (sample["split"], sample["step"]) == (name, 0)}
-            samples = _as_samples(asker.questions, asker.splits[name], examples, completions, rewards)
-            told = [{"split": name, "step": step, **sample, "before": sample["completion"] if step == 0 else before.get(sample["prompt"])} for sample in samples]
-            write_samples(path, [*read_samples(path), *told])
+            answers = _answers(asker.questions, asker.splits[name], examples, completions, rewards)
+            samples = [Sample(split=name, step=step, before=answer["completion"] if step == 0 else before.get(answer["prompt"]), **answer) for answer in answers]
+            write_samples(path, [*read_samples(path), *samples])
             num_tokens = sum(len(completion.tokens) for completion in completions)
             at = "" if step is None else f" at step {step}"
             tqdm.write(f"{name}: {len(completions)} completions{at}, {num_tokens:,} tokens in {time.monotonic() - began:.1f} s, in {path}")
@@ -138,17 +138,18 @@ def _completions(asker: Asker, split: TokenizedSplit, examples: np.ndarray, step
     return [of_all[index] for index in range(len(examples))]
 
 
-def _as_samples(questions: Questions, split: TokenizedSplit, examples: np.ndarray, completions: Sequence[Completion], rewards: np.ndarray) -> list[Sample]:
-    samples = []
+def _answers(questions: Questions, split: TokenizedSplit, examples: np.ndarray, completions: Sequence[Completion], rewards: np.ndarray) -> list[dict]:
+    """Return what there is to say of each completion but when it was."""
+    found = []
     for example, completion, reward in zip(examples.tolist(), completions, rewards.tolist()):
         prompt = split.prompt(split.prompt_of[example]).tolist()
         text = partial(text_after, questions.tokenizer, prompt, stop_ids=questions.stop_ids)
-        samples.append({
+        found.append({
             "row": split.row_name(example), "prompt": text_after(questions.tokenizer, [], prompt), "completion": text(completion.tokens),
             "num_tokens": len(completion.tokens), "stopped": completion.stopped, "label": bool(split.desirable[example]),
             "dataset_completion": text(split.completion(example).tolist()), "dataset_reward": reward if np.isfinite(reward) else None,
         })  # fmt: skip
-    return samples
+    return found
 
 
 def text_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int], *, stop_ids: Sequence[int] = ()) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kto_ds import cli
-from kto_ds.report.samples_file import read_samples
+from kto_ds.report.samples_file import Sample, read_samples
 from kto_ds.stages import run
 from tests.distributed import ranks
 from tests.distributed.ranks import run_commands
@@ -57,6 +57,7 @@ def samples_of(folder: Path, file: str = "samples.jsonl") -> list[dict]:
 def test_samples_do_not_depend_on_the_ranks(tiny, results, kind, num_prompts):
     found = samples_of(tiny / f"{kind}2")
     assert found == samples_of(tiny / f"{kind}1")
+    assert all(sample.keys() == Sample.__annotations__.keys() for sample in read_samples(tiny / f"{kind}2" / "samples.jsonl"))
     assert [sample["step"] for sample in found] == [0] * num_prompts + [NUM_STEPS] * num_prompts
     assert {sample["num_tokens"] for sample in found} == {NUM_TOKENS} and len({sample["prompt"] for sample in found}) == num_prompts
 

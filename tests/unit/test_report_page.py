@@ -16,11 +16,12 @@ from kto_ds.report.distribution_charts import LAST_SHARE, by_length, margins
 from kto_ds.report.distributions import LENGTH_BUCKETS, LOGRATIO_EDGES
 from kto_ds.report.page import page
 from kto_ds.report.run_files import RunFiles, by_split, distinct_names
+from kto_ds.report.samples_file import Sample
 from kto_ds.report.series import MOST_POINTS, SHORT_POINTS, series
 from tests.unit.made_up_runs import make_run, records_of, write_metrics
 
 CHARTS = {chart.name: chart for chart in (*LEARNING, *LENGTH, *INNER, *SPEED)}
-SAMPLE = {"split": "eval", "step": 20, "row": 3, "prompt": "2+2?", "completion": "four", "before": "fish", "label": True, "dataset_completion": "4", "reward": 0.25}
+SAMPLE = {"split": "eval", "step": 20, "row": 3, "prompt": "2+2?", "completion": "four", "before": "fish", "label": True, "dataset_completion": "4", "dataset_reward": 0.25}
 
 
 class Parsed(HTMLParser):
@@ -312,7 +313,8 @@ def test_names_tell_runs_apart():
 
 
 def test_data_report_and_samples_are_shown(tmp_path):
-    later = {**SAMPLE, "step": 40, "completion": "4 it is", "reward": 0.75}
+    assert SAMPLE.keys() < Sample.__annotations__.keys()
+    later = {**SAMPLE, "step": 40, "completion": "4 it is", "dataset_reward": 0.75}
     bare = {"split": "eval", "step": 40, "row": 9, "prompt": "and 3+3?", "completion": "six"}
     counts = {"train": {"examples": 1234, "completion_tokens": {"mean": 17.5}, "sources": [{"path": "rows.jsonl", "examples": 1234}]}}
     run = make_run(tmp_path / "run", records_of(2), samples=[{**later, "completion": "from before a resume"}, later, SAMPLE, bare], data_report=counts)
@@ -321,7 +323,7 @@ def test_data_report_and_samples_are_shown(tmp_path):
     assert ["examples", "1,234"] in parsed.rows and ["completion tokens: mean", "17.5"] in parsed.rows and "train: rows.jsonl, 1,234 examples" in parsed.text
     words = [word for word in parsed.words if word.strip()]
     start = words.index("2+2?")
-    assert words[start - 1 : start + 12] == ["prompt", "2+2?", "in the data, desirable", "4", "before training", "fish", "step 40, reward 0.75", "4 it is", "1 of 1 earlier", "step 20, reward 0.25", "four", "eval, row 9", "prompt"]
+    assert words[start - 1 : start + 12] == ["prompt", "2+2?", "in the data, desirable", "4", "before training", "fish", "step 40, reward of the answer in the data 0.75", "4 it is", "1 of 1 earlier", "step 20, reward of the answer in the data 0.25", "four", "eval, row 9", "prompt"]
     assert "six" in words
 
 

@@ -15,9 +15,10 @@ from kto_ds.config import ReportConfig, WandbConfig
 from kto_ds.report import wandb_alerts, wandb_follow
 from kto_ds.report.metric_names import panel_names
 from kto_ds.report.metrics_file import read_records
+from kto_ds.report.samples_file import Sample
 from kto_ds.report.sinks import open_sinks
 from kto_ds.report.wandb_alerts import Alert, StillRanks
-from kto_ds.report.wandb_follow import STATUS_SECONDS, named, samples_by_split
+from kto_ds.report.wandb_follow import SAMPLE_COLUMNS, STATUS_SECONDS, named, samples_by_split
 from kto_ds.report.wandb_process import FINISH_SECONDS, WandbProcess, wandb_order
 from kto_ds.runtime.watch import LOST_SECONDS
 from tests.faults.wandb_files import entries_of, history_of
@@ -118,7 +119,7 @@ def sealed(folder: Path, kind: str, **more) -> Path:
 
 
 def sample(step: int, **more) -> dict:
-    return {"split": "eval", "step": step, "row": "rows.jsonl:3", "prompt": "p", "completion": f"at {step}", "before": "b", "label": True, "reward": 0.25, **more}
+    return {"split": "eval", "step": step, "row": "rows.jsonl:3", "prompt": "p", "completion": f"at {step}", "before": "b", "label": True, "dataset_reward": 0.25, **more}
 
 
 def test_a_run_has_sections_axes_samples_lineage_and_alerts(tmp_path, no_credentials):
@@ -139,7 +140,8 @@ def test_a_run_has_sections_axes_samples_lineage_and_alerts(tmp_path, no_credent
     wanted = [named(record) for record in records]
     assert numbers == [*wanted[:-1], {**wanted[-1], "eval/step": 2}], "a table has no row of its own, and the steps of its split as its axis"
     content = json.loads((file.parent / "files" / table).read_text())
-    assert content["columns"] == ["step", "row", "label", "prompt", "before", "completion", "reward"]
+    assert {*SAMPLE_COLUMNS} < Sample.__annotations__.keys()
+    assert content["columns"] == ["step", "row", "label", "prompt", "before", "completion", "dataset_reward"]
     assert content["data"] == [[step, "rows.jsonl:3", True, "p", "b", f"at {step}", 0.25] for step in (0, 2, 2)]
     axes = {metric.name or metric.glob_name: metric.step_metric for metric in entries_of(file, "metric")}
     assert axes | {"train/*": "train/step", "speed/*": "train/step", "memory/*": "train/step", "count/*": "train/step", "eval/*": "eval/step"} == axes
