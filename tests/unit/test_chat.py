@@ -275,9 +275,10 @@ def test_every_option_that_the_page_shows_is_one(folder):
 @pytest.mark.parametrize("width, mark", [(120, "\u2503"), (80, "policy: ")])
 def test_at_a_terminal(folder, width, mark):
     """Through a pseudo-terminal: an answer as it comes, and Ctrl-D."""
+    variables = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"}
     process, terminal = pty.fork()
     if process == 0:
-        os.execve(sys.executable, [sys.executable, "-m", "kto_ds", "chat", "--config", str(folder / "run.yaml"), *GREEDY], {**environment(), "TERM": "xterm-256color"})
+        os.execve(sys.executable, [sys.executable, "-m", "kto_ds", "chat", "--config", str(folder / "run.yaml"), *GREEDY], variables)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
 
     def read_until(text: bytes) -> bytes:
