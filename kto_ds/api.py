@@ -100,7 +100,7 @@ def launch(command: str, config: RunConfig, *, num_ranks: int) -> None:
         write_yaml(config, file)
         file.flush()
         exit_code, signal_name = run_job([sys.executable, "-m", "deepspeed.launcher.runner", *launcher_arguments([command, "--config", file.name], num_ranks=num_ranks)])
-    if signal_name or exit_code == EXIT_PREEMPTED:
+    if exit_code == EXIT_PREEMPTED:
         raise Preempted(f"{signal_name or f'exit code {exit_code}'}: {command} on {num_ranks} ranks is stopped; launch it again to go on")
     if exit_code:
         error = KtoError(f"{command} on {num_ranks} ranks ended with exit code {exit_code}; what was wrong stands in its output")

@@ -28,7 +28,7 @@ def names_runs(options: list[str]) -> bool:
 
 def page_arguments(parser: ArgumentParser, options: list[str]) -> dict:
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a metrics.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the first folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default report.html in the folder of the first run with metrics")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also draw pictures of every run, into this folder")
     return vars(parser.parse_args(options))
 

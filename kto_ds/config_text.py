@@ -140,7 +140,9 @@ def with_changes(values: dict, changes: Mapping[str, object], *, where: str) -> 
         section, (*path, leaf) = changed, key.split(".")
         for name in path:
             section[name] = section = section[name] if isinstance(section.get(name), dict) else {}
-        section[leaf] = value
+        is_section = any(other.startswith(f"{key}.") for other in known)
+        if not (is_section and value == {} and isinstance(section.get(leaf), dict)):  # an empty mapping names nothing
+            section[leaf] = value
     return changed
 
 

@@ -5,6 +5,7 @@ While libraries are imported, which takes seconds, an exception is no way out: t
 
 import os
 import signal
+from contextlib import suppress
 
 from kto_ds.errors import EXIT_PREEMPTED
 
@@ -18,5 +19,6 @@ def leave_on_signals() -> None:
 
 def leave(signum: int, frame: object) -> None:
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"kto-ds: {signal.Signals(signum).name}: stopped before anything was begun; start the same command again\n".encode())
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, f"kto-ds: {signal.Signals(signum).name}: stopped before anything was begun; start the same command again\n".encode())
     os._exit(EXIT_PREEMPTED)

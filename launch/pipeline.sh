@@ -10,11 +10,11 @@ config=$1
 shift
 ranks=$(num_ranks)
 
-echo "pipeline: prepare"
+say "pipeline: prepare"
 run python -m kto_ds prepare --config "$config" "$@"
-echo "pipeline: precompute-ref on $ranks rank(s)"
+say "pipeline: precompute-ref on $ranks rank(s)"
 run_ranks "$ranks" precompute-ref --config "$config" "$@"
-echo "pipeline: train on $ranks rank(s)"
+say "pipeline: train on $ranks rank(s)"
 run_ranks "$ranks" train --config "$config" "$@"
-echo "pipeline: export"
+say "pipeline: export"
 run python -m kto_ds export --config "$config" "$@"

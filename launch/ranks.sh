@@ -9,6 +9,11 @@ job=''    # the command that runs
 read -r launch </proc/sys/kernel/random/uuid # by which its processes are known, on every host: KTO_LAUNCH in their environment
 trap 'signals=$((signals + 1)); hand_on' TERM INT USR1
 
+# say TEXT: print it; a terminal that is gone ends nothing.
+say() {
+    echo "$1" || :
+}
+
 # The number of ranks: NUM_RANKS, or one for each visible GPU, or 1.
 num_ranks() {
     echo "${NUM_RANKS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"

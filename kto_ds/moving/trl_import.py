@@ -15,6 +15,7 @@ KNOWN = {**OPTIONS, **EARLIER}
 INIT_KWARGS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision", "attn_implementation": "attn_implementation", "trust_remote_code": "trust_remote_code"}
 # Of wandb's client, which TRL leaves them to.
 VARIABLES = {"WANDB_PROJECT": "report.wandb.project", "WANDB_MODE": "report.wandb.mode"}
+WANDB_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}  # wandb's other names of modes, and what is nearest here
 
 
 class Outcome(NamedTuple):
@@ -43,9 +44,10 @@ def translate(command: Command, *, num_gpus: int, sharding: tuple[str, str], def
             became = [f"{key}: {_shown(value, key)}" for key, value in (changed or verdict.settings).items()]
             outcomes.append(Outcome(name, _shown(values[name], name), kind, "; ".join([*became, *([verdict.why] if verdict.why else [])])))
     if "report.wandb.mode" in settings:
-        variables = {key: Outcome(name, value, "became", f"{key}: {value}") for name, key in VARIABLES.items() if (value := command.variables.get(name))}
-        settings |= {key: outcome.value for key, outcome in variables.items()}
-        outcomes += variables.values()
+        told = {name: value for name in VARIABLES if (value := command.variables.get(name))}
+        found = {name: WANDB_MODES.get(value, value) if name == "WANDB_MODE" else value for name, value in told.items()}
+        settings |= {VARIABLES[name]: value for name, value in found.items()}
+        outcomes += [Outcome(name, told[name], "became", f"{VARIABLES[name]}: {value}") for name, value in found.items()]
     return Translation({key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}, outcomes)
 
 

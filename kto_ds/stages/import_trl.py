@@ -110,7 +110,7 @@ def _sharding(command: Command) -> tuple[str, str]:
         chosen = {**section, **launcher}
         offloads = "none" != (chosen.get("offload_optimizer_device") or "none") or "none" != (chosen.get("offload_param_device") or "none")
         return _named(int(chosen["zero_stage"]), offloads), "of accelerate's file"
-    if options.get("fsdp") or launcher.get("use_fsdp") or launcher.get("distributed_type") == "FSDP":
+    if str(options.get("fsdp") or False).lower() != "false" or launcher.get("use_fsdp") or launcher.get("distributed_type") == "FSDP":
         return _of_fsdp(options, launcher), "shards as FSDP does"
     return "zero3", "TRL has whole copies without DeepSpeed or FSDP; zero1 is faster where they fit, which kto-ds plan tells"
 
@@ -118,12 +118,18 @@ def _sharding(command: Command) -> tuple[str, str]:
 def _of_fsdp(options: Values, launcher: Values) -> str:
     """Return the one of ds_configs/ that keeps weights sharded as FSDP is told to: by --fsdp, its --fsdp_config, accelerate's options or accelerate's file."""
     own = typed(options.get("fsdp_config"), "text")
-    own = read_yaml(Path(own)) if isinstance(own, str) else own  # JSON is YAML
+    if isinstance(own, str):
+        try:
+            own = read_yaml(Path(own))  # JSON is YAML
+        except UserError as error:
+            raise UserError(f"--fsdp_config {excerpt(own)} cannot be used: {error.what}", where="the command", remedy="give the file, or leave the option out") from error
     sections = [section for section in (launcher.get("fsdp_config"), launcher, own) if isinstance(section, dict)]
     chosen = {key.removeprefix("fsdp_"): str(value).lower() for section in sections for key, value in section.items()}
-    words = str(options.get("fsdp", "")).lower().split()
+    given = options.get("fsdp")
+    words = " ".join(map(str, given if isinstance(given, list) else [given])).lower().split()
     # A number is the place among torch's strategies: 2 is SHARD_GRAD_OP, 5 HYBRID_SHARD_ZERO2.
-    keeps_weights = {chosen.get("sharding_strategy"), chosen.get("reshard_after_forward"), *words} & {"shard_grad_op", "hybrid_shard_zero2", "false", "2", "5"}
+    strategies = {"shard_grad_op", "hybrid_shard_zero2"}
+    keeps_weights = strategies & set(words) or {chosen.get("sharding_strategy"), chosen.get("reshard_after_forward")} & {*strategies, "false", "2", "5"}
     offloads = "offload" in words or "true" in (chosen.get("offload_params"), chosen.get("cpu_offload"))
     return _named(2 if keeps_weights else 3, offloads)
 

@@ -98,6 +98,7 @@ def test_some_keys_are_changed_and_the_others_stay(tmp_path):
     assert (config.output_dir, config.eval.generate.num_prompts, config.data.train[0].path, config.loss.beta) == (tmp_path / "here", 3, "rows.jsonl", 0.2)
     changed = api.change(config, {"loss.kl_fraction": 0.5, "eval.generate": {"top_p": 0.9}})
     assert (changed.loss.beta, changed.loss.kl_fraction) == (0.2, 0.5) and (changed.eval.generate.num_prompts, changed.eval.generate.top_p) == (3, 0.9)
+    assert api.change(changed, {"loss": {}, "eval.generate": {}}) == changed, "an empty mapping names nothing"
     assert config.loss.kl_fraction == 1 and api.change(changed, {"eval.generate": None}).eval.generate is None
     for changes, message in (
         ({"loss.betta": 1}, r"loss.betta: unknown key\n.*loss\.beta"), ({"loss": {"betta": 1}}, r"loss.betta: unknown key\n.*loss\.beta"),

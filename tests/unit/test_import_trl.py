@@ -146,6 +146,8 @@ BECOMES = [
         "seed": 7, "train.step_timeout_seconds": 60, "optim.max_grad_norm": 0.5, "optim.weight_decay": 0.01, "optim.adam_beta2": 0.95}),
     ("--deepspeed " + str(ROOT / "ds_configs" / "zero2.json"), {"deepspeed.config": str(ROOT / "ds_configs" / "zero2.json")}),
     ("--fsdp shard_grad_op", {"deepspeed.config": "zero2"}),
+    ("--fsdp full_shard auto_wrap offload", {"deepspeed.config": "zero3_offload"}),
+    ("--fsdp false", {"deepspeed.config": "zero3"}),
     ('--fsdp --fsdp_config {"reshard_after_forward":false}', {"deepspeed.config": "zero2"}),
 ]  # fmt: skip
 
@@ -195,10 +197,11 @@ def test_where_an_export_is_pushed_without_a_name(capsys):
     assert "--push-to-hub best, after training" in imported(capsys, "--push_to_hub", "--hub_private_repo", "--output_dir", "runs/best/")[2]
 
 
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
+@pytest.mark.parametrize("mode", ["dryrun", "offline", "disabled"])
 def test_the_mode_of_wandb_is_that_of_its_variable(capsys, mode):
     config, _, account = imported(capsys, "--report_to", "wandb", before=(f"WANDB_MODE={mode}", "WANDB_PROJECT=ours", "trl", "kto"))
-    assert (config.report.wandb.mode, config.report.wandb.project) == (mode, "ours") and f"report.wandb.mode: {mode}" in account
+    ours = {"dryrun": "offline"}.get(mode, mode)
+    assert (config.report.wandb.mode, config.report.wandb.project) == (ours, "ours") and f"report.wandb.mode: {ours}" in account
 
 
 # launchers and files
