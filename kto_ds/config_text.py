@@ -140,8 +140,7 @@ def with_changes(values: dict, changes: Mapping[str, object], *, where: str) -> 
         section, (*path, leaf) = changed, key.split(".")
         for name in path:
             section[name] = section = section[name] if isinstance(section.get(name), dict) else {}
-        is_section = any(other.startswith(f"{key}.") for other in known)
-        if not (is_section and value == {} and isinstance(section.get(leaf), dict)):  # an empty mapping names nothing
+        if not (value == {} and _is_section(key, known) and isinstance(section.get(leaf), dict)):  # an empty mapping names nothing
             section[leaf] = value
     return changed
 
@@ -150,10 +149,14 @@ def _by_leaf(changes: dict, known: set[str], prefix: str = "") -> Iterator[tuple
     """Yield (dotted key, value); those of a section one by one."""
     for name, value in changes.items():
         key = f"{prefix}{name}"
-        if value and isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
+        if value and isinstance(value, dict) and _is_section(key, known):
             yield from _by_leaf(value, known, f"{key}.")
         else:
             yield key, value
+
+
+def _is_section(key: str, known: set[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in known)
 
 
 def leaves(section: type[BaseModel], values: dict, prefix: str = "") -> dict[str, object]:
