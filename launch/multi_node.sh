@@ -42,7 +42,7 @@ quoted() {
 }
 
 on_hosts() {
-    run deepspeed --hostfile "$hostfile" --launcher pdsh ${SSH_PORT:+--ssh_port "$SSH_PORT"} --master_addr "$address" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
+    run deepspeed --log_level error --hostfile "$hostfile" --launcher pdsh ${SSH_PORT:+--ssh_port "$SSH_PORT"} --master_addr "$address" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
 }
 
 # The ranks are not processes of this script: each host is asked, until its ranks can hear, to signal them once.

@@ -18,7 +18,7 @@ interface=$(python "$here/hosts.py" here "${slots[NODE_RANK]:-1}" "${#slots[@]}"
 use_interface "$interface"
 
 on_this_host() {
-    run deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
+    run deepspeed --log_level error --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --module kto_ds "$@"
 }
 
 echo "multi_node_no_ssh: doctor, then ${COMMAND:-train}, as host $NODE_RANK of ${#slots[@]}; they meet at $MASTER_ADDR:${MASTER_PORT:-29500} through $interface"

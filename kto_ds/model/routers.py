@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kto_ds.model.support import experts_of_a_token
+from kto_ds.errors import UserError
+from kto_ds.model.support import experts_of_a_token, num_experts
 
 
 class RouterLoad(NamedTuple):
@@ -59,4 +60,10 @@ class RouterMeter:
 def meter_routers(lm: PreTrainedModel, config: PretrainedConfig) -> RouterMeter | None:
     """Return the meter of a mixture of experts, None for a dense model."""
     top_k = experts_of_a_token(config)
-    return RouterMeter(lm, top_k) if top_k else None
+    if not top_k:
+        return None
+    meter = RouterMeter(lm, top_k)
+    if not meter.routers:
+        what = f"{config.model_type} has {num_experts(config)} experts by its config, but no layer that routes tokens to them"
+        raise UserError(what, where="model.path", remedy="make mlp_only_layers or decoder_sparse_step in its config.json leave a layer with experts, or use a dense model")
+    return meter

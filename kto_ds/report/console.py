@@ -48,7 +48,7 @@ class Console:
         self._stream = stream or sys.stdout
         self._total_steps, self._done_steps, self._began = total_steps, done_steps, time.monotonic()
         self._last: Record | None = None  # of the training split
-        self._last_at, self._seconds_left = self._began, 0.0
+        self._stepping_since, self._last_at, self._seconds_left = self._began, self._began, 0.0
         self._terminal = terminal_of(self._stream)
         self._live = None
         if self._terminal:
@@ -60,9 +60,12 @@ class Console:
         if record["split"] != "train":
             self.tell(GAP.join([record["split"], self._progress(record["step"]), *shown(record, SHOWN)]))
             return
-        self._last, self._last_at = record, time.monotonic()
+        self._last_at = time.monotonic()
         steps_taken = max(record["step"] - self._done_steps, 1)
-        self._seconds_left = (self._last_at - self._began) / steps_taken * (self._total_steps - record["step"])
+        if self._last is None:  # what came before the first step, such as answers of the untrained policy, does not come again
+            self._stepping_since = self._last_at - steps_taken * record["seconds"]
+        self._last = record
+        self._seconds_left = (self._last_at - self._stepping_since) / steps_taken * (self._total_steps - record["step"])
         if self._live is None:
             self.tell(GAP.join([self._progress(record["step"]), *shown(record, SHOWN), f"eta {duration(self._seconds_left)}"]))
         else:

@@ -126,8 +126,7 @@ class Watch:
                 self._look(stacks)
             except Exception as error:  # such as of a disk that does not answer for now; without another look the backstop would end a healthy run
                 if self._for_seconds(repr(error)) == 0:
-                    with suppress(OSError):
-                        _heading(stacks, f"the watch could not look: {error!r}")
+                    _heading(stacks, f"the watch could not look: {error!r}")
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
 
@@ -183,7 +182,6 @@ class Watch:
             self._mark.touch()
         _heading(stacks, f"no progress for {time.monotonic() - self._place.since:.0f} s, in {self._place.phase} of step {self._place.step}")
         faulthandler.dump_traceback(stacks)
-        stacks.flush()
         time.sleep(DUMP_SECONDS)
         self._show(self._place.phase)
         speaks = self._speaker() == self._own.rank
@@ -248,8 +246,7 @@ class Watch:
         is_ours = isinstance(error, KtoError)
         if not is_ours:
             _heading(stacks, "error")
-            stacks.write(redact("".join(traceback.format_exception(error))))
-            stacks.flush()
+            _write(stacks, redact("".join(traceback.format_exception(error))))
         if self._others and peers.is_of_a_lost_peer(error):
             self._lost = True
             time.sleep(LOST_SECONDS)
@@ -287,5 +284,10 @@ def follow(rank: int) -> bool:
 
 
 def _heading(stacks: IO[str], what: str) -> None:
-    stacks.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {what}\n")
-    stacks.flush()
+    _write(stacks, f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {what}\n")
+
+
+def _write(stacks: IO[str], text: str) -> None:
+    """Write past the file's own buffer, as faulthandler does: what a full disk does not take is gone, and cannot come up again when the file is closed."""
+    with suppress(OSError):
+        os.write(stacks.fileno(), text.encode(errors="backslashreplace"))

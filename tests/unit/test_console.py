@@ -23,7 +23,7 @@ HIDES_CURSOR, SHOWS_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
 def train_record(step: int, **more: float) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, **more}
+    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, "seconds": 1.5, **more}
 
 
 def eval_record(step: int) -> dict:
@@ -74,7 +74,7 @@ def test_without_a_terminal_a_record_is_one_plain_line(monkeypatch):
     console.log(eval_record(12))
     console.close()
     train, evaluation = stream.getvalue().splitlines()
-    assert re.fullmatch(r"step 12/300  epoch 0\.24  loss 0\.4831  kl 0\.12  margin 0\.31  lr 2\.0e-04  grad 1\.23  tok/s 5,812  eta \d+s", train)
+    assert re.fullmatch(r"step 12/300  epoch 0\.24  loss 0\.4831  kl 0\.12  margin 0\.31  lr 2\.0e-04  grad 1\.23  tok/s 5,812  eta 7m1[12]s", train)
     assert evaluation == "eval  step 12/300  loss 0.5000  kl 0.1  auc 0.750"
 
 
@@ -86,6 +86,16 @@ def test_the_page_shows_the_lines_that_scripts_read():
     train, evaluation = stream.getvalue().splitlines()
     page = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8").splitlines()
     assert evaluation in page and any(line.startswith(train.split("eta")[0] + "eta ") for line in page)
+
+
+def test_what_came_before_the_first_step_is_not_in_the_time_that_is_left(monkeypatch):
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    console = Console(110, done_steps=10, stream=stream)
+    for step, moment in ((12, 1003), (20, 1030)):  # 1.5 s a step to begin with, 3.375 s from there on
+        now[0] = moment
+        console.log(train_record(step))
+    assert [line.split("eta ")[1] for line in stream.getvalue().splitlines()] == ["2m27s", "4m30s"]
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 120])

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kto_ds.config import OptimConfig
 from kto_ds.data.batch import make_batch
@@ -15,7 +15,7 @@ from kto_ds.errors import UserError
 from kto_ds.model.routers import RouterLoad
 from kto_ds.runtime.engine import Engine
 from kto_ds.stages.balance import balance_of, expert_shares, part_of_loss
-from tests.unit.test_families import load, plain_model, save_model
+from tests.unit.test_families import config_of, load, plain_model, save_model
 from tests.unit.test_policy import random_split, relative
 
 NAMES = ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "qwen3_next", "qwen3_5_moe"]
@@ -71,6 +71,14 @@ def test_loss_and_gradient_are_those_of_transformers_however_the_step_is_split(n
         assert found.keys() == wanted.keys() and len(found) > 5
         for parameter, gradient in wanted.items():
             assert relative(found[parameter], gradient) < 1e-4, parameter
+
+
+def test_experts_without_a_layer_that_has_them_are_refused(tmp_path):
+    config = config_of("qwen3_moe")
+    config.mlp_only_layers = list(range(config.num_hidden_layers))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="16 experts by its config, but no layer that routes tokens to them"):
+        load(tmp_path)
 
 
 def test_under_zero3_experts_must_lie_in_layers_that_are_gathered_whole(tmp_path):

@@ -15,7 +15,7 @@ ON = ReportConfig(tensorboard=True)
 
 
 def record(step: int, loss: float) -> dict:
-    return {"split": "train", "step": step, "loss": loss, "tokens_per_second": 5.0}
+    return {"split": "train", "step": step, "loss": loss, "seconds": 5.0}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -35,7 +35,7 @@ def test_no_step_is_there_twice_after_a_resume_from_an_earlier_checkpoint(tmp_pa
     train(tmp_path, ON, 0, [1.0, 2.0, 3.0])
     train(tmp_path, ON, 1, [0.5, 0.25, 0.125])
     assert scalars(tmp_path / "tensorboard") == {
-        "train/loss": [(1, 1.0), (2, 0.5), (3, 0.25), (4, 0.125)], "speed/tokens_per_second": [(step, 5.0) for step in (1, 2, 3, 4)]
+        "train/loss": [(1, 1.0), (2, 0.5), (3, 0.25), (4, 0.125)], "speed/seconds": [(step, 5.0) for step in (1, 2, 3, 4)]
     }  # fmt: skip
     train(tmp_path, ON, 0, [8.0])
     assert scalars(tmp_path / "tensorboard")["train/loss"] == [(1, 8.0)]

@@ -27,7 +27,7 @@ BUSY_SECONDS = 300  # that a process may take on a machine that is busy with oth
 
 
 def train_record(step: int, **more: float) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, **more}
+    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, "seconds": 1.5, **more}
 
 
 def eval_record(step: int) -> dict:
@@ -180,7 +180,7 @@ def test_an_upload_afterwards_tells_how_the_run_ended_and_alerts_nobody(tmp_path
 def test_names_of_panels():
     record = train_record(3, tokens_per_second=5.0, mfu=0.4, peak_memory_gib=2.0, learning_rate=1e-6, **{"seconds/kl": 0.5, "count/chosen": 4, "logratios/chosen": [1]})
     assert panel_names(record) == {
-        "train/epoch": 0.06, "train/loss": 0.4831, "train/kl": 0.12, "train/rewards/margins": 0.31, "speed/tokens_per_second": 5.0, "speed/mfu": 0.4,
+        "train/epoch": 0.06, "train/loss": 0.4831, "train/kl": 0.12, "train/rewards/margins": 0.31, "speed/tokens_per_second": 5.0, "speed/seconds": 1.5, "speed/mfu": 0.4,
         "memory/peak_memory_gib": 2.0, "train/learning_rate": 1e-6, "speed/seconds/kl": 0.5, "count/chosen": 4,
     }  # fmt: skip
     assert named({"split": "eval/maths", "step": 3, "loss": 0.5, "count/chosen": 2}) == {"eval/maths/step": 3, "eval/maths/loss": 0.5, "eval/maths/count/chosen": 2}

@@ -1,11 +1,14 @@
 """What counts as progress of a rank: its own, that of one it waits for, and files that come and go while a library is at work."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 from kto_ds.runtime import peers, watch, world_size
 from kto_ds.runtime.peers import Beat
 from kto_ds.runtime.watch import Watch
+from tests.distributed.runs import ROOT, environment
 
 
 def beat_of_rank_1(folder: Path, beat: float) -> None:
@@ -38,3 +41,22 @@ def test_files_that_come_and_go_are_progress(tmp_path, monkeypatch):
             change()
             time.sleep(0.2)
     assert len(beats) == 2
+
+
+def test_an_error_on_a_full_disk_ends_the_watch(tmp_path):
+    """Where neither the stacks nor the end can be written; in a program of its own, as a watch that does not end would keep this one."""
+    (tmp_path / "rank0.txt").symlink_to("/dev/full")
+    program = f"""
+from pathlib import Path
+from kto_ds.runtime import peers
+from kto_ds.runtime.watch import Watch
+from tests.distributed.runs import ROOT, environment
+folder = Path({str(tmp_path)!r})
+try:
+    with Watch(folder, folder, folder, [peers.this_process(0)], 0, token="now", seconds=600, on_end=print).watching():
+        raise OSError("no space for a record")
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "no space for a record\n", done.stderr
