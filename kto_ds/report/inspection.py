@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 COLUMNS_WITHOUT_TERMINAL = 120
 MICRO_BATCHES_SHOWN = 48
 BAR_CELLS = 20
-SOURCES_SIDE_BY_SIDE = 4
+COLUMNS_SIDE_BY_SIDE = 4
 TOKENS_SHOWN = 200  # of a text; the middle of a longer one is left out
 
 
@@ -101,12 +101,16 @@ def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: li
 
 def heading(console: Console, text: str, style: str = "") -> None:
     console.print()
-    console.print(Rule(Text(in_one_line(text), style=f"bold {style}"), align="left", style=style or "none"))
+    title = Text(in_one_line(text), style=f"bold {style}")
+    if title.cell_len + len(" ─") > console.width:  # a rule would cut it short
+        console.print(title, soft_wrap=True)
+    else:
+        console.print(Rule(title, align="left", style=style or "none"))
 
 
-def counts_by_split(report: dict[str, dict]) -> Table:
-    """Return the counts of all splits side by side; those of their sources are left out."""
-    return _table("", {name: _flatten({key: value for key, value in counts.items() if key != "sources"}) for name, counts in report.items()})
+def counts_by_split(report: dict[str, dict]) -> Group:
+    """Return the counts of the splits side by side, of a few at a time; those of their sources are left out."""
+    return Group(*_tables({name: _flatten({key: value for key, value in counts.items() if key != "sources"}) for name, counts in report.items()}))
 
 
 def counts_by_source(split: str, sources: list[dict]) -> Group:
@@ -114,18 +118,18 @@ def counts_by_source(split: str, sources: list[dict]) -> Group:
     paths = [source["path"] + (f", split {source['split']}" if source["split"] else "") for source in sources]
     lines = [Text(f"{number}. {in_one_line(path)}", no_wrap=True, overflow="ignore") for number, path in enumerate(paths, start=1)]
     counts = {f"{number}.": _flatten({key: value for key, value in source.items() if key not in ("path", "split")}) for number, source in enumerate(sources, start=1)}
-    tables = [_table("", {name: counts[name] for name in names}) for names in _batches(list(counts))]
-    return Group(Text(f"\nsources of {in_one_line(split)}", style="bold"), *lines, *tables)
+    return Group(Text(f"\nsources of {in_one_line(split)}", style="bold"), *lines, *_tables(counts))
 
 
-def _batches(names: list[str]) -> list[list[str]]:
-    return [names[start : start + SOURCES_SIDE_BY_SIDE] for start in range(0, len(names), SOURCES_SIDE_BY_SIDE)]
+def _tables(columns: dict[str, dict[str, object]]) -> list[Table]:
+    entries = list(columns.items())
+    return [_table(dict(entries[start : start + COLUMNS_SIDE_BY_SIDE])) for start in range(0, len(entries), COLUMNS_SIDE_BY_SIDE)]
 
 
-def _table(first: str, columns: dict[str, dict[str, object]]) -> Table:
-    """Return a table with a row for every key that any column has; `first` heads the column of the keys."""
+def _table(columns: dict[str, dict[str, object]]) -> Table:
+    """Return a table with a row for every key that any column has."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(in_one_line(first), overflow="fold", min_width=36)
+    table.add_column(no_wrap=True)  # what is folded is the figures; with a min_width rich would cut off the last of them
     for name in columns:
         table.add_column(in_one_line(name), justify="right", vertical="bottom", overflow="fold")
     for key in dict.fromkeys(key for column in columns.values() for key in column):

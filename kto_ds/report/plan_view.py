@@ -65,9 +65,9 @@ def _work_line(work: dict) -> str:
 
 def _print(console: Console, entries: list[dict], rows: dict) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("GPUs", min_width=30)
+    table.add_column("GPUs", no_wrap=True)
     for entry in entries:
-        table.add_column(str(entry["num_gpus"]), justify="right")
+        table.add_column(str(entry["num_gpus"]), justify="right", overflow="fold")
     for name, cell in rows.items():
         table.add_row(name, *(cell(entry) for entry in entries))
     console.print(table)

@@ -60,7 +60,7 @@ def facts_table(made: dict) -> Table:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(columns[0], overflow="fold", min_width=28)
+    table.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
         table.add_column(column, justify="right", vertical="bottom", overflow="fold")
     return table

@@ -123,13 +123,13 @@ def weights_after(run: Path) -> dict[str, torch.Tensor]:
     return {name: weight.contiguous() for name, weight in read_weights(Checkpoint(folder, read_manifest(folder, kind="checkpoint", remedy=""))).items()}
 
 
-@pytest.mark.parametrize("num_ranks, stage, budget, layout", itertools.product(RANKS, STAGES, BUDGETS, LAYOUTS))
+@pytest.mark.parametrize("num_ranks, stage, budget, layout", list(itertools.product(RANKS, STAGES, BUDGETS, LAYOUTS)))
 def test_step_does_not_depend_on_its_split(runs, num_ranks, stage, budget, layout):
     require_same_step(runs, runs / name_of(num_ranks, stage, budget, layout))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks, stage, budget, layout", itertools.product(RANKS, SLOW_STAGES, BUDGETS, LAYOUTS))
+@pytest.mark.parametrize("num_ranks, stage, budget, layout", list(itertools.product(RANKS, SLOW_STAGES, BUDGETS, LAYOUTS)))
 def test_nor_at_the_stages_between(slow_runs, num_ranks, stage, budget, layout):
     require_same_step(slow_runs, slow_runs / name_of(num_ranks, stage, budget, layout))
 

@@ -261,6 +261,14 @@ def test_many_micro_batches_are_counted_and_a_report_of_any_shape_is_printed(cap
         assert re.search(line, output)
 
 
+def test_counts_of_many_splits_are_all_there_on_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = {f"eval/a_split_{number}": {"rows": 1000 + number, "share": {"of_a_rather_long_key": 0.5}} for number in range(9)}
+    open_console().print(counts_by_split(report))
+    rows = re.findall(r"^rows +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert " ".join(rows).split() == [f"{1000 + number:,}" for number in range(9)]
+
+
 # refusals
 
 

@@ -134,6 +134,17 @@ def test_a_picture_is_drawn_where_one_is_asked_for(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_no_figure_is_cut_off_on_a_terminal_of_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["plan", "--config", str(write_run(tmp_path, PUBLISHED["Qwen3-30B-A3B"]))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    plan = planned(capsys, tmp_path / "run.yaml")
+    assert [line.split() for line in lines if line.startswith("GPUs")] == 2 * [["GPUs", "8", "16", "32", "64"]]
+    [totals] = [line.split()[1:] for line in lines if line.startswith("all ")]
+    assert totals == [f"{entry['total_bytes'] / 2**30:.1f}" for entry in plan["gpus"]]
+    assert not any("…" in line for line in lines)
+
+
 def test_a_prepared_dataset_gives_lengths_and_steps(tmp_path, capsys):
     shape = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     run = write_run(tmp_path, {**shape, "max_position_embeddings": 64}, batch={"global_batch_size": 8, "max_tokens_per_microbatch": 64}, deepspeed={"config": "zero2"})
