@@ -84,20 +84,23 @@ def _require_source(path: str, split: str | None) -> None:
         if split is not None:
             raise UserError(f"split {excerpt(split)} is asked for, but a file has no splits", where=path, remedy="remove split")
     elif os.path.isdir(path):
-        _require_saved_dataset(path)
+        _require_saved_dataset(path, split or "train")
     elif FILE_NAME.fullmatch(path) or not HUB_NAME.fullmatch(path):  # a mistyped file name must not cost a search of the hub
         raise UserError("no such file or folder", where=path, remedy=f"check the path; it is looked up from {excerpt(os.getcwd())}")
 
 
-def _require_saved_dataset(path: str) -> None:
+def _require_saved_dataset(path: str, split: str) -> None:
     if any(os.path.isfile(os.path.join(path, name)) for name in SAVED_MARKS):
         return
     # Two levels, as a copy of a hub dataset has them: the path may be the root of a disk by mistake.
     files = [file for pattern in ("*", "*/*") for file in sorted(Path(path).glob(pattern)) if file.name.lower().endswith(KINDS) and file.is_file()]
     if not files:
         raise UserError("this folder holds neither a saved dataset nor data files", where=path, remedy=PLACES)
-    kind = next(kind for kind in sorted(KINDS, key=len, reverse=True) if files[0].name.lower().endswith(kind))
-    pattern = files[0].parent / f"*{files[0].name[-len(kind) :]}"
+    # As datasets takes them: where names tell splits apart, such as test.jsonl, rows of another split are not to come along.
+    of_split = [file for file in files if re.search(rf"(?<![a-zA-Z]){re.escape(split)}(?![a-zA-Z])", file.name)]
+    first = (of_split or files)[0]
+    kind = next(kind for kind in sorted(KINDS, key=len, reverse=True) if first.name.lower().endswith(kind))
+    pattern = first.parent / ((f"*{split}*" if of_split else "*") + first.name[-len(kind) :])
     raise UserError("this folder was not saved by datasets", where=path, remedy=f"for the data files in it give a glob such as {excerpt(str(pattern), limit=400)}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+from functools import partial
 
 import datasets
 import pyarrow
@@ -541,12 +542,20 @@ def test_a_damaged_saved_dataset_is_refused(tmp_path):
         (tmp_path / "saved" / name).write_bytes(content)
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("train.jsonl", "*.jsonl"), ("data/train-0.parquet", "data/*.parquet"), ("b.json.GZ", "*.json.GZ")])
-def test_a_folder_of_data_files_wants_a_glob(tmp_path, name, pattern):
+@pytest.mark.parametrize(("names", "split", "pattern"), [
+    (["rows.jsonl"], None, "*.jsonl"),
+    (["b.json.GZ"], None, "*.json.GZ"),
+    (["data/test-0.parquet", "data/train-0.parquet"], None, "data/*train*.parquet"),
+    (["test.jsonl", "test_prefs.jsonl", "train.jsonl"], "test_prefs", "*test_prefs*.jsonl"),
+    (["constraint.jsonl", "test.jsonl"], None, "*.jsonl"),
+])  # fmt: skip
+def test_a_folder_of_data_files_wants_a_glob(tmp_path, names, split, pattern):
+    """One that takes rows of no other split, where the names of the files tell."""
     (tmp_path / "data").mkdir()
     write(tmp_path, "README.md", "")
-    write(tmp_path, name, ONE)
-    for use in (read, lambda path: list_files(str(path), None)):
+    for name in names:
+        write(tmp_path, name, ONE)
+    for use in (partial(read, split=split), lambda path: list_files(str(path), split)):
         with pytest.raises(UserError, match="not saved by datasets") as caught:
             use(tmp_path)
         assert f"'{tmp_path}/{pattern}'" in caught.value.remedy
