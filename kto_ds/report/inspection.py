@@ -5,6 +5,7 @@ Whatever comes out of the data is escaped here before it is printed, and colour 
 
 import os
 import sys
+from collections.abc import Iterable
 from io import TextIOWrapper
 from typing import NamedTuple
 
@@ -128,12 +129,18 @@ def _tables(columns: dict[str, dict[str, object]]) -> list[Table]:
 
 def _table(columns: dict[str, dict[str, object]]) -> Table:
     """Return a table with a row for every key that any column has."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(no_wrap=True)  # what is folded is the figures; with a min_width rich would cut off the last of them
-    for name in columns:
-        table.add_column(in_one_line(name), justify="right", vertical="bottom", overflow="fold")
+    table = figures_table("", [in_one_line(name) for name in columns])
     for key in dict.fromkeys(key for column in columns.values() for key in column):
         table.add_row(in_one_line(key), *(_written(column.get(key, "")) for column in columns.values()))
+    return table
+
+
+def figures_table(first: str, columns: Iterable[str]) -> Table:
+    """Return a table without rows yet: `first` heads a column of labels, `columns` those of figures."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first, no_wrap=True)  # what is folded is the figures; with a min_width rich would cut off the last of them
+    for column in columns:
+        table.add_column(column, justify="right", vertical="bottom", overflow="fold")
     return table
 
 

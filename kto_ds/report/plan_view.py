@@ -5,10 +5,9 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from kto_ds.report.inspection import heading, in_one_line, open_console
+from kto_ds.report.inspection import figures_table, heading, in_one_line, open_console
 from kto_ds.report.plots import BLUE, GREEN, GREY, RED, STYLE
 from kto_ds.report.throughput import GIB
 
@@ -64,10 +63,7 @@ def _work_line(work: dict) -> str:
 
 
 def _print(console: Console, entries: list[dict], rows: dict) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("GPUs", no_wrap=True)
-    for entry in entries:
-        table.add_column(str(entry["num_gpus"]), justify="right", overflow="fold")
+    table = figures_table("GPUs", [str(entry["num_gpus"]) for entry in entries])
     for name, cell in rows.items():
         table.add_row(name, *(cell(entry) for entry in entries))
     console.print(table)

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from kto_ds.errors import excerpt
-from kto_ds.report.inspection import count_of, in_one_line
+from kto_ds.report.inspection import count_of, figures_table, in_one_line
 
 DIGITS_SHOWN = 12  # of a digest
 PERCENTILES = (5, 50, 95)
@@ -58,17 +58,9 @@ def facts_table(made: dict) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", vertical="bottom", overflow="fold")
-    return table
-
-
 def coverage_table(splits: dict[str, Scored]) -> Table:
     """Return, for each split, how many of the pairs that the loss reads have a log-prob."""
-    table = _table("pairs with a log-prob", "matched", "mismatched")
+    table = figures_table("pairs with a log-prob", ["matched", "mismatched"])
     for name, scored in splits.items():
         size = len(scored.desirable)
         halves = [np.isfinite(half) for half in (scored.logps[:size], scored.logps[size : scored.num_needed])]
@@ -78,7 +70,7 @@ def coverage_table(splits: dict[str, Scored]) -> Table:
 
 def logp_table(splits: dict[str, Scored]) -> Table:
     """Return percentiles of the log-prob a token: of the matched pairs of each label, and of the mismatched pairs."""
-    table = _table("log-prob in nats a token", "pairs", *(f"{percent}th percentile" if percent != 50 else "median" for percent in PERCENTILES))
+    table = figures_table("log-prob in nats a token", ["pairs", *(f"{percent}th percentile" if percent != 50 else "median" for percent in PERCENTILES)])
     for name, scored in splits.items():
         matched, mismatched = np.split(scored.per_token, 2)
         for kind, values in (("desirable", matched[scored.desirable]), ("undesirable", matched[~scored.desirable]), ("mismatched", mismatched)):

@@ -17,17 +17,10 @@ from kto_ds.report.console import Console, fitting
 from kto_ds.report.run_view import Closing, Estimate, Opening, closing_rows, closing_title, opening_rows, opening_title
 from kto_ds.report.screen import WorkBar, counted, duration, plain_lines, show, work_line
 from kto_ds.streams import surviving
+from tests.unit.log_records import eval_record, train_record
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 HIDES_CURSOR, SHOWS_CURSOR = "\x1b[?25l", "\x1b[?25h"
-
-
-def train_record(step: int, **more: float) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, "seconds": 1.5, **more}
-
-
-def eval_record(step: int) -> dict:
-    return {"split": "eval", "step": step, "loss": 0.5, "kl": 0.1, "rewards/auc": 0.75}
 
 
 @pytest.fixture(autouse=True)

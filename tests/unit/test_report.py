@@ -12,15 +12,7 @@ from kto_ds.report.plots import plot_metrics
 from kto_ds.report.sinks import Sinks, open_sinks
 from kto_ds.report.status import RunStatus
 from kto_ds.report.throughput import Clock, Lap, StepTimer, Work, peak_memory_gib, speed_metrics, speed_rows, sum_of_laps
-
-
-def train_record(step: int, **more: float) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, "seconds": 1.5, **more}
-
-
-def eval_record(step: int) -> dict:
-    return {"split": "eval", "step": step, "loss": 0.5, "kl": 0.1, "rewards/auc": 0.75}
-
+from tests.unit.log_records import eval_record, train_record
 
 # metrics.jsonl
 

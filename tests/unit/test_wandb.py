@@ -22,16 +22,9 @@ from kto_ds.report.wandb_follow import SAMPLE_COLUMNS, STATUS_SECONDS, named, sa
 from kto_ds.report.wandb_process import FINISH_SECONDS, WandbProcess, wandb_order
 from kto_ds.runtime.watch import LOST_SECONDS
 from tests.faults.wandb_files import entries_of, history_of
+from tests.unit.log_records import eval_record, train_record
 
 BUSY_SECONDS = 300  # that a process may take on a machine that is busy with others
-
-
-def train_record(step: int, **more: float) -> dict:
-    return {"split": "train", "step": step, "epoch": step / 50, "loss": 0.4831, "kl": 0.12, "rewards/margins": 0.31, "seconds": 1.5, **more}
-
-
-def eval_record(step: int) -> dict:
-    return {"split": "eval", "step": step, "loss": 0.5, "kl": 0.1, "rewards/auc": 0.75}
 
 
 def wandb_run(folder: Path, mode: str, records: list[dict], *, is_good: bool = True, **order) -> list[str]:

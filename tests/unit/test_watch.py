@@ -50,7 +50,6 @@ def test_an_error_on_a_full_disk_ends_the_watch(tmp_path):
 from pathlib import Path
 from kto_ds.runtime import peers
 from kto_ds.runtime.watch import Watch
-from tests.distributed.runs import ROOT, environment
 folder = Path({str(tmp_path)!r})
 try:
     with Watch(folder, folder, folder, [peers.this_process(0)], 0, token="now", seconds=600, on_end=print).watching():
